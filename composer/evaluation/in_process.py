@@ -1,0 +1,56 @@
+"""Scoring a checkpoint in this process, with lm-eval's own transformers model."""
+
+from typing import Any
+
+from composer.artefacts import Store, digest
+from composer.errors import EvaluationError
+from composer.evaluation.scores import Scores
+from composer.evaluation.tasks import Split, run_tasks
+from composer.zoo import Checkpoint
+
+
+def score_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batch_size: int = 16) -> Scores:
+    """Score a checkpoint on a split, or return the same scores measured before.
+
+    Args:
+        checkpoint: The model; computed in float32 on a CPU, in its own dtype on a GPU.
+        split: The items.
+        store: Keeps the scores under the content hash of the checkpoint and of the items.
+        batch_size: Items scored at once.
+    """
+    known = store.path("scores", digest([checkpoint.content_hash, split.name, split.fingerprint]) + ".json")
+    if known.is_file():
+        return Scores.load(known).model_copy(update={"subject": checkpoint.id})
+    scores = run_tasks(load_model(checkpoint, batch_size), split, checkpoint.id)
+    scores.save(known)
+    return scores
+
+
+def load_model(checkpoint: Checkpoint, batch_size: int) -> Any:
+    """Load a checkpoint as lm-eval's transformers model, without its progress bars.
+
+    Raises:
+        EvaluationError: if transformers cannot load it.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class QuietModel(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+    cuda = torch.cuda.is_available()
+    try:
+        return QuietModel(
+            pretrained=checkpoint.path,
+            trust_remote_code=checkpoint.remote_code,
+            dtype="auto" if cuda else "float32",
+            batch_size=batch_size,
+            device="cuda" if cuda else "cpu",
+        )
+    except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"{checkpoint.path}: transformers cannot load this checkpoint: {reason}") from error

@@ -1,0 +1,27 @@
+"""The recipe's `evaluate`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from composer.settings import PathText, Section
+
+
+class EvaluateSection(Section):
+    """The tasks that judge the composition."""
+
+    tasks: list[str] = Field(min_length=1)
+    """lm-eval task names."""
+    include: PathText | None = None
+    """A folder with task YAMLs of your own."""
+    proxy: float = Field(default=0.5, gt=0, lt=1)
+    """Share of items used for choosing, where a task has one split only; it is decided by a hash of the item.
+    A task with validation and test splits gives them as proxy and held-out."""
+    proxy_limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many proxy items a task."""
+    held_out_limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many held-out items a task."""
+    batch_size: int = Field(default=16, ge=1)
+    """Items scored at once."""
+    seed: int = 0
+    """Seed of the split and of the bootstrap."""

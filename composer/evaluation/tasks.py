@@ -1,0 +1,190 @@
+"""Tasks and their two splits: proxy items for choosing, held-out items for reporting.
+
+A task that has validation and test splits gives them as proxy and held-out. Where there is one split only,
+each item falls on one side by a hash of its content, so position and order never matter.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from composer.artefacts import digest
+from composer.errors import EvaluationError
+from composer.evaluation.scores import Scores, TaskScore
+from composer.evaluation.settings import EvaluateSection
+from composer.registry import nearest
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of one task that belong to one split."""
+
+    task: Any
+    """The lm-eval task, whose evaluation documents the indices refer to."""
+    metric: str
+    indices: tuple[int, ...]
+    hashes: tuple[str, ...]
+    """Content hashes, in the same order."""
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return str(self.task.config.task)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that determines the scores besides the model."""
+        return digest([self.task.dump_config(), self.metric, sorted(self.hashes)])
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of all tasks."""
+
+    name: str
+    tasks: tuple[Items, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of items over all tasks."""
+        return sum(len(task.indices) for task in self.tasks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all items and task definitions."""
+        return digest([task.fingerprint for task in self.tasks])
+
+
+def load_split(
+    names: list[str],
+    split: str,
+    *,
+    include: str | None = None,
+    proxy: float = 0.5,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Split:
+    """Load one split of some lm-eval tasks; the other split's items are not touched beyond their hashes.
+
+    Args:
+        names: lm-eval task names.
+        split: "proxy" or "held_out".
+        include: A folder with task YAMLs of one's own.
+        proxy: Share of proxy items in tasks that have a single split.
+        limit: At most this many items a task, those of the lowest hash.
+        seed: Mixed into the hashes.
+
+    Raises:
+        EvaluationError: for unknown tasks, groups, or a split without items.
+    """
+    manager = _manager(include, defaults=False) if include else None
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        manager = _manager(include, defaults=True)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        hint = nearest(unknown[0], list(manager.all_tasks))
+        where = f" (evaluate.include: {include})" if include else " (evaluate.include names no folder of your own)"
+        raise EvaluationError(f"there is no task '{unknown[0]}'{hint}{where}")
+    return Split(name=split, tasks=tuple(_items(manager, name, split, proxy, limit, seed) for name in names))
+
+
+def split_of(section: EvaluateSection, split: str) -> Split:
+    """Load one split as the recipe's `evaluate` says.
+
+    Raises:
+        EvaluationError: as `load_split`.
+    """
+    return load_split(
+        section.tasks,
+        split,
+        include=section.include,
+        proxy=section.proxy,
+        limit=section.proxy_limit if split == "proxy" else section.held_out_limit,
+        seed=section.seed,
+    )
+
+
+@lru_cache
+def _manager(include: str | None, *, defaults: bool) -> Any:
+    """Return lm-eval's index of tasks; its own tasks are thousands of files, read only if they are asked for."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include, include_defaults=defaults)
+
+
+def _items(manager: Any, name: str, split: str, proxy: float, limit: int | None, seed: int) -> Items:
+    task = _load(manager, name)
+    config = task.config
+    own_splits = bool(config.validation_split and config.test_split)
+    if own_splits and split == "proxy":
+        config.test_split = config.validation_split  # lm-eval always scores the test split
+    chosen: dict[str, int] = {}
+    for index, document in enumerate(task.eval_docs):
+        item = digest([seed, _plain(document)])
+        mine = own_splits or ((int(item[:13], 16) / 16**13 < proxy) == (split == "proxy"))
+        if mine:
+            chosen.setdefault(item, index)
+    kept = sorted(chosen)[:limit]
+    if not kept:
+        raise EvaluationError(f"task '{name}' has no items in its {split} split")
+    order = sorted(kept, key=lambda item: chosen[item])
+    metrics = config.metric_list or []
+    metric = metrics[0]["metric"] if metrics else "acc"
+    if not task.higher_is_better().get(metric, True):
+        raise EvaluationError(
+            f"task '{name}': its first metric, {metric}, is better when lower; put one first that is better higher"
+        )
+    return Items(task=task, metric=metric, indices=tuple(chosen[item] for item in order), hashes=tuple(order))
+
+
+def _load(manager: Any, name: str) -> Any:
+    try:
+        loaded = manager.load([name])["tasks"]
+    except Exception as error:  # a task's own code and data loaders may raise anything
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"task '{name}' cannot be loaded: {message}") from error
+    if len(loaded) != 1:
+        raise EvaluationError(f"'{name}' is a group of tasks; list its tasks one by one")
+    return next(iter(loaded.values()))
+
+
+def _plain(document: Any) -> Any:
+    """Return a document as JSON-serialisable data."""
+    if isinstance(document, dict):
+        return {str(key): _plain(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_plain(value) for value in document]
+    return document if isinstance(document, (str, int, float, bool)) or document is None else str(document)
+
+
+def run_tasks(model: Any, split: Split, subject: str) -> Scores:
+    """Score an lm-eval model on every item of a split.
+
+    Raises:
+        EvaluationError: if a task's metric has no number per item.
+    """
+    from lm_eval.evaluator import evaluate
+
+    tasks = {items.name: items.task for items in split.tasks}
+    for task in tasks.values():
+        task._instances = None  # lm-eval leaves the last model's requests on the task
+    samples = {items.name: list(items.indices) for items in split.tasks}
+    results = evaluate(lm=model, task_dict=tasks, samples=samples, bootstrap_iters=0, log_samples=True)
+    return Scores(
+        subject=subject,
+        split=split.name,
+        tasks=tuple(_task_score(items, results["samples"][items.name]) for items in split.tasks),
+    )
+
+
+def _task_score(items: Items, rows: list[dict[str, Any]]) -> TaskScore:
+    by_index = dict(zip(items.indices, items.hashes, strict=True))
+    values: dict[str, float] = {}
+    for row in rows:
+        value = row.get(items.metric)
+        if not isinstance(value, (int, float)):
+            raise EvaluationError(
+                f"task '{items.name}': metric {items.metric} gives no number per item; list another one first"
+            )
+        values.setdefault(by_index[row["doc_id"]], float(value))  # of several filters the first counts
+    return TaskScore(task=items.name, metric=items.metric, items=values)
