@@ -1,0 +1,9 @@
+"""The mixture: merged models and loners as experts behind one router.
+
+Doors: `choose_experts`, `build_composite`; `load_router` for whoever serves it.
+"""
+
+from composer.mixture.build import build_composite, choose_experts, load_router
+from composer.mixture.composite import MANIFEST, Composite, Expert
+
+__all__ = ["MANIFEST", "Composite", "Expert", "build_composite", "choose_experts", "load_router"]

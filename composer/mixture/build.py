@@ -1,0 +1,165 @@
+"""Building a composite from what the merge stage left."""
+
+from pathlib import Path
+
+from composer.artefacts import Store, digest
+from composer.errors import RecipeError
+from composer.evaluation.scores import Scorer, beats
+from composer.merging.plan import MergeOutcome
+from composer.mixture.card import model_card
+from composer.mixture.composite import MANIFEST, Composite, Expert
+from composer.mixture.settings import RouterSection
+from composer.zoo import Checkpoint, Zoo
+from routers import ROUTERS, Candidate, Router, RouterManifest
+
+
+def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tuple[tuple[Expert, ...], dict[str, str]]:
+    """Decide which models are experts.
+
+    Every merged model is one, and so is every model that was not merged, with one exception: a model whose
+    merge was tried and rejected stays only if it beats its cluster's best (the merged model, else the best
+    member) on some proxy task.
+
+    Args:
+        zoo: The sources and their example requests.
+        outcomes: One per cluster.
+        score: Scores a checkpoint on the proxy split; only asked where a merge was rejected.
+
+    Returns:
+        The experts, and the models left out with the reason.
+    """
+    experts, left_out = [], {}
+    for outcome in outcomes:
+        if outcome.result is not None:
+            experts.append(
+                Expert(
+                    id=outcome.result.id,
+                    checkpoint=outcome.result,
+                    members=outcome.merged,
+                    examples=tuple(text for name in outcome.merged for text in zoo.examples.get(name, ())),
+                    reason=f"merged from {', '.join(outcome.merged)}",
+                )
+            )
+        best = outcome.result or _best(zoo, outcome, score)
+        for name in outcome.whole:
+            reason = _reason_to_keep(zoo[name], best, outcome, score)
+            if reason is None:
+                left_out[name] = f"merging it in lowers the proxy score, and it beats {best.id} on no proxy task"
+                continue
+            experts.append(
+                Expert(
+                    id=name,
+                    checkpoint=zoo[name],
+                    members=(name,),
+                    examples=zoo.examples.get(name, ()),
+                    reason=reason,
+                )
+            )
+    return tuple(experts), left_out
+
+
+def _best(zoo: Zoo, outcome: MergeOutcome, score: Scorer) -> Checkpoint:
+    """Return the best member of a cluster without a merged model; without trials nothing hangs on which it is."""
+    members = [zoo[name] for name in outcome.whole]
+    return max(members, key=lambda one: score(one).mean) if outcome.trials else members[0]
+
+
+def _reason_to_keep(member: Checkpoint, best: Checkpoint, outcome: MergeOutcome, score: Scorer) -> str | None:
+    if outcome.failure:
+        return f"kept whole, since its cluster could not be merged: {outcome.failure}"
+    rejected = any(not trial.accepted and member.id in trial.step.inputs for trial in outcome.trials)
+    if not rejected:
+        return "kept whole"
+    if member.id == best.id:
+        return "kept whole: the best of its cluster, where no merge holds the proxy score"
+    merged, own = score(best), score(member)
+    won = [task.task for task in own.tasks if beats(task, merged.task(task.task))]
+    return f"kept whole: merging it does not pay, but it is ahead on {', '.join(won)}" if won else None
+
+
+def build_composite(
+    name: str,
+    experts: tuple[Expert, ...],
+    left_out: dict[str, str],
+    section: RouterSection,
+    store: Store,
+    score: Scorer,
+) -> Path:
+    """Write a composite: manifest, router weights and model card.
+
+    Args:
+        name: What the composite is called on the endpoint.
+        experts: At least one.
+        left_out: Models that are in no expert, with the reason.
+        section: The recipe's router settings.
+        store: Where the composite is kept.
+        score: Scores a checkpoint on the proxy split; asked only when the fallback expert is to be found.
+
+    Returns:
+        The composite's directory.
+
+    Raises:
+        RecipeError: if an expert has no example requests, or a named encoder or fallback is no expert.
+    """
+    key = digest(
+        [
+            name,
+            [expert.model_dump() for expert in experts],
+            left_out,
+            section.model_dump(),
+        ]
+    )
+    path = store.path("composites", key)
+    if path.exists():
+        return path
+    with store.new_directory("composites", key) as directory:
+        router = _router(experts, section, directory, score) if len(experts) > 1 else None
+        composite = Composite(name=name, experts=experts, router=router, left_out=left_out)
+        composite.save(directory / MANIFEST)
+        (directory / "README.md").write_text(model_card(composite))
+    return path
+
+
+def _router(experts: tuple[Expert, ...], section: RouterSection, directory: Path, score: Scorer) -> RouterManifest:
+    names = [expert.id for expert in experts]
+    for key, value in (("encoder", section.encoder), ("fallback", section.fallback)):
+        if value != "auto" and value not in names:
+            raise RecipeError(f"mixture.router.{key}: '{value}' is no expert (the experts are: {', '.join(names)})")
+    silent = [expert.id for expert in experts if not expert.examples]
+    if silent:
+        member = experts[names.index(silent[0])].members[0]
+        raise RecipeError(
+            f"expert '{silent[0]}' has no example requests, so no prompt can find it; "
+            f"give 5 to 10 under zoo.models.{member}.examples"
+        )
+    fallback = section.fallback
+    if fallback == "auto":
+        fallback = max(experts, key=lambda expert: score(expert.checkpoint).mean).id
+    candidates = [
+        Candidate(
+            id=expert.id,
+            path=expert.checkpoint.path,
+            parameters=expert.checkpoint.parameters,
+            remote_code=expert.checkpoint.remote_code,
+            examples=expert.examples,
+        )
+        for expert in experts
+    ]
+    return ROUTERS.get(section.kind).build(
+        candidates,
+        directory,
+        encoder=section.encoder,
+        layer=section.layer,
+        margin=section.margin,
+        fallback=fallback,
+    )
+
+
+def load_router(directory: Path) -> Router | None:
+    """Load the router of a composite; None if it has a single expert."""
+    composite = Composite.load(directory / MANIFEST)
+    if composite.router is None:
+        return None
+    encoder = composite[composite.router.encoder].checkpoint
+    kind = ROUTERS.get(composite.router.kind)
+    return kind.load(composite.router, directory, encoder.path, remote_code=encoder.remote_code)

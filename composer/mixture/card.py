@@ -1,0 +1,52 @@
+"""The model card of a composite."""
+
+from composer.mixture.composite import Composite
+
+
+def model_card(composite: Composite) -> str:
+    """Return a model card in Markdown: experts, lineage, licences, routing."""
+    licences = sorted({expert.checkpoint.licence or "not stated" for expert in composite.experts})
+    lines = [
+        "---",
+        "library_name: model-composer",
+        "tags: [merge, mixture-of-experts, model-composer]",
+        "---",
+        "",
+        f"# {composite.name}",
+        "",
+        f"A mixture of {len(composite.experts)} whole models; one answers each prompt."
+        if len(composite.experts) > 1
+        else "A single model.",
+        "",
+        "| expert | made of | operator | parameters | licence |",
+        "|---|---|---|---|---|",
+    ]
+    for expert in composite.experts:
+        lineage = expert.checkpoint.lineage
+        lines.append(
+            f"| {expert.id} | {', '.join(expert.members)} | {lineage.operator if lineage else 'none'} "
+            f"| {expert.checkpoint.parameters:,} | {expert.checkpoint.licence or 'not stated'} |"
+        )
+    lines += [
+        "",
+        f"Licences of the experts: {', '.join(licences)}. The licences of their sources apply to merges.",
+    ]
+    if composite.router:
+        router = composite.router
+        health = f"{router.leave_one_out:.0%}" if router.leave_one_out is not None else "not measured"
+        lines += [
+            "",
+            "## Routing",
+            "",
+            f"Router `{router.kind}` on the first {router.layer} layers of {router.encoder}; unclear prompts go to "
+            f"{router.fallback}. Examples that find their expert when left out: {health}.",
+            *[f"- warning: {warning}" for warning in router.warnings],
+        ]
+    if composite.left_out:
+        lines += [
+            "",
+            "## Left out",
+            "",
+            *[f"- {name}: {reason}" for name, reason in composite.left_out.items()],
+        ]
+    return "\n".join(lines) + "\n"

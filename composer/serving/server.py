@@ -1,0 +1,139 @@
+"""A composite behind its endpoint: engines, router and gateway, up or down together."""
+
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import uvicorn
+
+from composer.errors import ServeError
+from composer.mixture import MANIFEST, Composite, load_router
+from composer.progress import Progress, Step, silent
+from composer.serving.gateway import EngineAddress, create_app
+from composer.serving.settings import ServeSection
+from composer.serving.supervisor import Supervisor
+from composer.value import Value
+
+
+class Endpoint(Value):
+    """Where a served composite answers, and how."""
+
+    url: str
+    """Base address, without "/v1"."""
+    model: str
+    """The composite's name."""
+    engines: dict[str, str]
+    """Kind of engine by expert."""
+    max_model_len: dict[str, int]
+    """Longest sequence by expert, in tokens."""
+    notes: tuple[str, ...] = ()
+    """Why an engine is not the usual one."""
+    scores_prompts: bool
+    """Whether every engine gives log-probabilities of prompts."""
+
+
+class Server:
+    """Serves a composite while the context is open.
+
+    The port is taken first, so that one in use is found before any engine starts; nothing is left running when
+    the context closes, by whatever way.
+    """
+
+    def __init__(self, directory: Path, section: ServeSection, logs: Path, progress: Progress = silent) -> None:
+        """Prepare to serve the composite in `directory`; `logs` takes the engines' output."""
+        self.directory = directory
+        self.section = section
+        self.progress = progress
+        self.composite = Composite.load(directory / MANIFEST)
+        self.supervisor = Supervisor(self.composite, section, logs, progress)
+        self.endpoint: Endpoint
+        self._gateway: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self._socket: socket.socket | None = None
+
+    def __enter__(self) -> Self:
+        """Start everything and wait until it answers.
+
+        Raises:
+            ServeError: if the port is taken, or an engine cannot be started.
+        """
+        try:
+            self._socket = _listen(self.section.host, self.section.port)
+            self.supervisor.start()
+            self.progress(Step(stage="serve", message="loading the router"))
+            self._start_gateway(self._socket)
+        except BaseException:
+            self.stop()
+            raise
+        host, port = self._socket.getsockname()[:2]
+        engines = self.supervisor.engines
+        self.endpoint = Endpoint(
+            url=f"http://{_reachable(host)}:{port}",
+            model=self.composite.name,
+            engines={name: engine.kind.name for name, engine in engines.items()},
+            max_model_len={name: engine.max_model_len for name, engine in engines.items()},
+            notes=tuple(f"{name}: {engine.note}" for name, engine in engines.items() if engine.note),
+            scores_prompts=all(engine.kind.scores_prompts for engine in engines.values()),
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the gateway, then the engines."""
+        if self._gateway is not None and self._thread is not None:
+            self._gateway.should_exit = True
+            self._thread.join(timeout=15)
+        self.supervisor.stop()
+        if self._socket is not None:
+            self._socket.close()
+
+    def dead_engines(self) -> list[str]:
+        """Return the experts whose engines have died."""
+        return [name for name, engine in self.supervisor.engines.items() if not engine.alive]
+
+    def _start_gateway(self, listener: socket.socket) -> None:
+        addresses = {name: EngineAddress(engine.url, engine.model) for name, engine in self.supervisor.engines.items()}
+        app: Any = create_app(self.composite, load_router(self.directory), addresses)
+        self._gateway = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+        )
+        self._thread = threading.Thread(target=self._gateway.run, args=([listener],), daemon=True)
+        self._thread.start()
+        while not self._gateway.started:
+            if not self._thread.is_alive():
+                raise ServeError("the gateway did not start")
+            time.sleep(0.02)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port now.
+
+    Raises:
+        ServeError: if it is in use or not ours to take.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {reason}; choose another with serve.port=N (0 takes any free one)"
+        ) from None
+    return listener
+
+
+def _reachable(host: str) -> str:
+    """Return an address that reaches a socket bound to `host` from this machine."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - only asked for, never chosen
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
