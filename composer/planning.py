@@ -1,0 +1,138 @@
+"""The plan: what will be merged, and what the run will cost, before anything is made.
+
+Door: `make_plan`.
+"""
+
+from composer.clustering import Cluster
+from composer.errors import RecipeError
+from composer.merging.plan import MergePlan, MergeStep
+from composer.merging.strategies import STRATEGIES
+from composer.recipe import Recipe
+from composer.value import Value
+from composer.zoo.checkpoint import Checkpoint, Zoo
+
+# Rough constants, for estimates that are right within a factor of two or three on an ordinary CPU.
+PROCESS_GB = 1.0
+"""Memory of a Python process with torch and transformers, in GB."""
+ENGINE_GB = 1.3
+"""Memory of an engine besides weights and key-value cache, in GB."""
+ENGINE_START = 30.0
+"""Seconds an engine takes to start."""
+MERGE_RATE = 150e6
+"""Bytes of input merged per second."""
+FLOPS = 1e11
+"""Floating-point operations per second when scoring short items."""
+ITEM_TOKENS = 300
+"""Tokens an item costs over all its choices."""
+ITEM_SECONDS = 0.01
+"""Seconds an item costs however small the model is."""
+BATCH_TOKENS = 512
+"""Tokens of the longest sequence in a batch; its logits are held twice, in float32."""
+FIXED_SECONDS = 25.0
+"""Imports and loading of tasks."""
+
+
+class Cost(Value):
+    """An estimate of what a run takes."""
+
+    memory_gb: float
+    """The highest use of RAM at any one time."""
+    disk_gb: float
+    """What is written and kept, if every merge is kept."""
+    seconds: float
+    evaluations: int
+    """Checkpoints scored on the proxy split, at most."""
+    merges: int
+    """Merges made, at most."""
+    engines: int
+    """Engines started, at least."""
+
+
+class Plan(Value):
+    """What will happen in the merge stage and after it."""
+
+    clusters: tuple[Cluster, ...]
+    merges: tuple[MergePlan, ...]
+    """One per cluster, in the same order."""
+    cost: Cost
+
+
+def make_plan(
+    recipe: Recipe, zoo: Zoo, clusters: tuple[Cluster, ...], *, proxy_items: int, held_out_items: int
+) -> Plan:
+    """Plan every cluster by the recipe's strategy and estimate the cost.
+
+    Args:
+        recipe: The recipe.
+        zoo: The described models.
+        clusters: From `composer.clustering`.
+        proxy_items: Items in the proxy split, over all tasks.
+        held_out_items: Items in the held-out split, over all tasks.
+
+    Raises:
+        MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters.
+        RecipeError: if there will be several experts and no prompt could find one of them.
+    """
+    _check_examples(zoo, clusters)
+    steps = tuple(
+        MergeStep(name=one.name, operator=one.operator, inputs=tuple(one.models), parameters=one.parameters)
+        for one in recipe.merge.merges
+    )
+    plans = []
+    for cluster in clusters:
+        # A merge needs two, whatever the strategy.
+        name = recipe.merge.strategy if len(cluster.members) > 1 else "none"
+        plans.append(STRATEGIES.get(name).plan(cluster, steps, recipe.merge.accept == "proxy"))
+    return Plan(
+        clusters=clusters,
+        merges=tuple(plans),
+        cost=_cost(zoo, clusters, plans, recipe, proxy_items, held_out_items),
+    )
+
+
+def _check_examples(zoo: Zoo, clusters: tuple[Cluster, ...]) -> None:
+    for cluster in clusters:
+        if len(clusters) > 1 and not any(zoo.examples.get(name) for name in cluster.members):
+            name = cluster.members[0]
+            raise RecipeError(
+                f"{cluster.id} ({', '.join(cluster.members)}) has no example requests, so no prompt could find it; "
+                f"give 5 to 10 under zoo.models.{name}.examples"
+            )
+
+
+def _cost(
+    zoo: Zoo,
+    clusters: tuple[Cluster, ...],
+    plans: list[MergePlan],
+    recipe: Recipe,
+    proxy: int,
+    held_out: int,
+) -> Cost:
+    largest = max(zoo.members, key=lambda member: member.parameters)
+    representatives = [zoo[cluster.representative] for cluster in clusters]
+    engines = len(representatives)
+    disk = sum(plan.merges * zoo[plan.members[0]].size_bytes for plan in plans)
+    seconds = FIXED_SECONDS + engines * ENGINE_START
+    for plan in plans:
+        size = sum(zoo[name].size_bytes for name in plan.members)
+        seconds += plan.merges * size / MERGE_RATE
+        seconds += plan.evaluations * _score_seconds(zoo[plan.members[0]], proxy)
+    seconds += sum(_score_seconds(member, held_out) for member in zoo.members)
+    seconds += _score_seconds(largest, held_out)  # the composite
+    serving = PROCESS_GB + sum(
+        ENGINE_GB + 4e-9 * one.parameters + recipe.serve.kv_cache_mb / 1024 for one in representatives
+    )
+    logits = 8e-9 * recipe.evaluate.batch_size * BATCH_TOKENS * max(m.vocabulary_size or 0 for m in zoo.members)
+    merging = PROCESS_GB + 3 * 4e-9 * largest.parameters + logits
+    return Cost(
+        memory_gb=round(max(serving, merging), 1),
+        disk_gb=round(disk / 1e9, 3),
+        seconds=round(seconds),
+        evaluations=sum(plan.evaluations for plan in plans),
+        merges=sum(plan.merges for plan in plans),
+        engines=engines,
+    )
+
+
+def _score_seconds(checkpoint: Checkpoint, items: int) -> float:
+    return 1.5 + items * (ITEM_SECONDS + 2.0 * checkpoint.parameters * ITEM_TOKENS / FLOPS)

@@ -1,0 +1,28 @@
+"""Everything a report tells, in one value."""
+
+from typing import Any
+
+from composer.evaluation import Evidence
+from composer.merging.plan import MergeOutcome
+from composer.mixture import Composite
+from composer.planning import Plan
+from composer.serving.server import Endpoint
+from composer.similarity import SimilarityMatrix
+from composer.value import Value
+from composer.zoo import Zoo
+
+
+class RunRecord(Value):
+    """A finished run."""
+
+    run: str
+    recipe: dict[str, Any]
+    zoo: Zoo
+    similarity: SimilarityMatrix
+    plan: Plan
+    outcomes: tuple[MergeOutcome, ...]
+    composite: Composite
+    endpoint: Endpoint
+    evidence: Evidence
+    seconds: dict[str, float]
+    """Duration of each stage."""

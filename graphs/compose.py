@@ -1,0 +1,254 @@
+"""The compose graph: from a recipe to a served, measured composite.
+
+    inspect -> compare -> cluster -> plan -> approve -> merge (one branch per cluster) -> mix -> serve
+            -> evaluate -> report
+
+Every node writes its result to a file in the run directory and puts the path into the state, so a killed run
+carries on at the first stage that had not finished.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from langgraph.config import get_stream_writer
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+from langgraph.types import Send, interrupt
+
+from composer.clustering import Clusters, cluster
+from composer.errors import NotApprovedError
+from composer.evaluation import Evidence, Subject, weigh_evidence
+from composer.evaluation.endpoint import ComposedModel
+from composer.evaluation.tasks import run_tasks
+from composer.merging.merge import merge_cluster
+from composer.merging.plan import MergeOutcome
+from composer.merging.workbench import Workbench
+from composer.mixture import MANIFEST, Composite, build_composite, choose_experts
+from composer.planning import Plan, make_plan
+from composer.progress import Progress, Step
+from composer.report import RunRecord, write_report
+from composer.serving.server import Endpoint
+from composer.similarity import SimilarityMatrix, compare
+from composer.zoo import Zoo, inspect_zoo
+from graphs.state import BranchState, ComposeContext, ComposeState, Session
+
+
+@contextmanager
+def stage(name: str, runtime: Runtime[ComposeContext], **details: str) -> Iterator[Progress]:
+    """Log a stage's start, end and duration, and yield what it reports progress to."""
+    write, log = get_stream_writer(), runtime.context.session.run.log
+
+    def progress(step: Step) -> None:
+        write(step.model_dump())
+
+    log(name, "started", **details)
+    began = time.monotonic()
+    progress(Step(stage=name, message="started"))
+    yield progress
+    log(name, "finished", seconds=round(time.monotonic() - began, 3), **details)
+    progress(Step(stage=name, message="finished"))
+
+
+def inspect(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Describe all models."""
+    session = runtime.context.session
+    with stage("inspect", runtime) as progress:
+        zoo = inspect_zoo(session.run.recipe.zoo, session.run.store, progress)
+        return {"zoo": _save(session, "zoo.json", zoo)}
+
+
+def compare_models(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Measure the similarity of all pairs."""
+    session = runtime.context.session
+    with stage("compare", runtime) as progress:
+        return {"similarity": _save(session, "similarity.json", compare(Zoo.load(state["zoo"]), progress))}
+
+
+def cluster_models(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Group what may be merged."""
+    session = runtime.context.session
+    with stage("cluster", runtime):
+        matrix = SimilarityMatrix.load(state["similarity"])
+        clusters = Clusters(clusters=cluster(matrix, session.run.recipe.cluster.threshold))
+        return {"clusters": _save(session, "clusters.json", clusters)}
+
+
+def plan(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Plan the merges and price the run."""
+    session = runtime.context.session
+    with stage("plan", runtime) as progress:
+        progress(Step(stage="plan", message="loading tasks"))
+        planned = make_plan(
+            session.run.recipe,
+            Zoo.load(state["zoo"]),
+            Clusters.load(state["clusters"]).clusters,
+            proxy_items=session.split("proxy").size,
+            held_out_items=session.split("held_out").size,
+        )
+        return {"plan": _save(session, "plan.json", planned)}
+
+
+def approve(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Wait for a yes. Stands alone, since an interrupted node runs again from its top.
+
+    Raises:
+        NotApprovedError: if the answer is no; asked again on the next run.
+    """
+    if not runtime.context.yes and not interrupt({"plan": state["plan"]}):
+        raise NotApprovedError("the plan was not approved; nothing was made")
+    runtime.context.session.run.log("approve", "finished")
+    return {"approved": True}
+
+
+def branches(state: ComposeState) -> list[Send]:
+    """Send one branch per cluster."""
+    planned = Plan.load(state["plan"])
+    return [
+        Send("merge", BranchState(cluster=merge.cluster, plan=state["plan"], zoo=state["zoo"]))
+        for merge in planned.merges
+    ]
+
+
+def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Carry out the plan of one cluster."""
+    session = runtime.context.session
+    with session.one_at_a_time, stage("merge", runtime, cluster=state["cluster"]) as progress:
+        section = session.run.recipe.merge
+        mine = next(one for one in Plan.load(state["plan"]).merges if one.cluster == state["cluster"])
+        workbench = Workbench(
+            zoo=Zoo.load(state["zoo"]),
+            store=session.run.store,
+            score=session.score,
+            accept=section.accept,
+            dtype=section.dtype,
+            seed=section.seed,
+            progress=progress,
+        )
+        outcome = merge_cluster(mine, workbench)
+        return {"outcomes": [_save(session, f"outcome-{outcome.cluster}.json", outcome)]}
+
+
+def mix(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Build the composite from merged models and loners."""
+    session = runtime.context.session
+    with stage("mix", runtime) as progress:
+        progress(Step(stage="mix", message="choosing experts and building the router"))
+        recipe = session.run.recipe
+        outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
+        experts, left_out = choose_experts(Zoo.load(state["zoo"]), outcomes, session.score)
+        directory = build_composite(
+            recipe.name, experts, left_out, recipe.mixture.router, session.run.store, session.score
+        )
+        session.run.link_composite(directory)
+        return {"composite": str(directory)}
+
+
+def serve(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Bring the composite up behind its endpoint."""
+    session = runtime.context.session
+    with stage("serve", runtime) as progress:
+        endpoint = session.serving(state["composite"], progress).endpoint
+        return {"endpoint": _save(session, "endpoint.json", endpoint)}
+
+
+def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Score the composite through the endpoint, and every model it came from, on the held-out items."""
+    session = runtime.context.session
+    with stage("evaluate", runtime) as progress:
+        # After a kill the endpoint of the serve stage is gone; it is brought up again here.
+        endpoint = session.serving(state["composite"], progress).endpoint
+        composite = Composite.load(Path(state["composite"]) / MANIFEST)
+        section = session.run.recipe.evaluate
+        split = session.split("held_out")
+        model = ComposedModel(endpoint, composite, batch_size=section.batch_size, progress=progress)
+        scores = run_tasks(model, split, composite.name)
+        if not runtime.context.keep_serving:
+            session.close()
+        evidence = weigh_evidence(
+            scores,
+            _baselines(Zoo.load(state["zoo"]), composite, session, progress),
+            routing={task: dict(counts) for task, counts in model.routed.items()},
+            likelihoods="endpoint" if endpoint.scores_prompts else "in process",
+            seed=section.seed,
+        )
+        return {"evidence": _save(session, "evidence.json", evidence)}
+
+
+def report(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Write the report."""
+    session = runtime.context.session
+    with stage("report", runtime):
+        outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
+        record = RunRecord(
+            run=session.run.name,
+            recipe=session.run.recipe.model_dump(mode="json"),
+            zoo=Zoo.load(state["zoo"]),
+            similarity=SimilarityMatrix.load(state["similarity"]),
+            plan=Plan.load(state["plan"]),
+            outcomes=tuple(outcomes),
+            composite=Composite.load(Path(state["composite"]) / MANIFEST),
+            endpoint=Endpoint.load(state["endpoint"]),
+            evidence=Evidence.load(state["evidence"]),
+            seconds=_durations(session),
+        )
+        return {"report": str(write_report(record, session.run.path))}
+
+
+def _baselines(zoo: Zoo, composite: Composite, session: Session, progress: Progress) -> list[Subject]:
+    """Score every source model, every merged expert and the base on the held-out items."""
+    rows: list[tuple[Any, str]] = [(member, "source") for member in zoo.members]
+    rows += [(expert.checkpoint, "merged") for expert in composite.experts if expert.checkpoint.lineage]
+    if zoo.base is not None and zoo.base.id not in zoo.ids:
+        rows.append((zoo.base, "base"))
+    subjects = []
+    for index, (checkpoint, role) in enumerate(rows):
+        progress(Step(stage="evaluate", message=f"baseline {checkpoint.id}", done=index, total=len(rows)))
+        subjects.append(Subject(role=role, scores=session.score(checkpoint, "held_out")))
+    return subjects
+
+
+def _save(session: Session, name: str, value: Any) -> str:
+    return str(value.save(session.run.path / name))
+
+
+def _durations(session: Session) -> dict[str, float]:
+    """Return the seconds each finished stage took, summed over branches."""
+    seconds: dict[str, float] = {}
+    for event in session.run.events():
+        if event["event"] == "finished":
+            seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event.get("seconds", 0.0)
+    return seconds
+
+
+def build() -> StateGraph[ComposeState, ComposeContext]:
+    """Return the graph, not yet compiled."""
+    graph = StateGraph(ComposeState, context_schema=ComposeContext)
+    graph.add_node("inspect", inspect)
+    graph.add_node("compare", compare_models)
+    graph.add_node("cluster", cluster_models)
+    graph.add_node("plan", plan)
+    graph.add_node("approve", approve)
+    graph.add_node("merge", merge)
+    graph.add_node("mix", mix)
+    graph.add_node("serve", serve)
+    graph.add_node("evaluate", evaluate)
+    graph.add_node("report", report)
+    graph.add_edge(START, "inspect")
+    graph.add_edge("inspect", "compare")
+    graph.add_edge("compare", "cluster")
+    graph.add_edge("cluster", "plan")
+    graph.add_edge("plan", "approve")
+    graph.add_conditional_edges("approve", branches, ["merge"])
+    graph.add_edge("merge", "mix")
+    graph.add_edge("mix", "serve")
+    graph.add_edge("serve", "evaluate")
+    graph.add_edge("evaluate", "report")
+    graph.add_edge("report", END)
+    return graph
+
+
+graph = build().compile(name="compose")
+"""Without a checkpointer: servers such as LangGraph's bring their own."""

@@ -1,0 +1,103 @@
+"""What the compose graph remembers between nodes: paths and flags, never tensors or tables."""
+
+from dataclasses import dataclass, field
+from operator import add
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, TypedDict
+
+from composer.evaluation.in_process import score_checkpoint
+from composer.evaluation.scores import Scores
+from composer.evaluation.tasks import Split, split_of
+from composer.progress import Progress
+from composer.runs import Run
+from composer.serving.server import Server
+from composer.zoo import Checkpoint
+
+
+class ComposeState(TypedDict, total=False):
+    """Files of finished stages, in the run directory."""
+
+    zoo: str
+    """The described models (`Zoo`)."""
+    similarity: str
+    """All pairs (`SimilarityMatrix`)."""
+    clusters: str
+    """All clusters (`Clusters`)."""
+    plan: str
+    """What was approved, or is to be (`Plan`)."""
+    approved: bool
+    """Whether a person, or --yes, agreed to the plan."""
+    outcomes: Annotated[list[str], add]
+    """One per cluster (`MergeOutcome`), in no order."""
+    composite: str
+    """The composite's directory."""
+    endpoint: str
+    """How it was served (`Endpoint`)."""
+    evidence: str
+    """What it gained (`Evidence`)."""
+    report: str
+    """The HTML report."""
+
+
+class BranchState(TypedDict):
+    """What one merge branch is told."""
+
+    cluster: str
+    plan: str
+    zoo: str
+
+
+@dataclass(frozen=True)
+class ComposeContext:
+    """What a caller of the graph says besides the state; plain values, so that any server can show and set it."""
+
+    run_path: str
+    """The run directory, made by `composer.runs.Run.create`."""
+    yes: bool = False
+    """Approve the plan without asking."""
+    keep_serving: bool = False
+    """Leave the endpoint up after the evaluation; whoever asked for it closes the session."""
+
+    @property
+    def session(self) -> "Session":
+        """What this process holds for the run."""
+        return _SESSIONS.setdefault(self.run_path, Session(Run(Path(self.run_path))))
+
+
+@dataclass
+class Session:
+    """What one process holds for one run: loaded items, the server, the turn of merge branches."""
+
+    run: Run
+    server: Server | None = None
+    one_at_a_time: Lock = field(default_factory=Lock)
+    """Held by each merge branch: they share the cores and the memory of one machine. (LangGraph's own
+    `max_concurrency: 1` blocks itself when custom events are streamed.)"""
+    _splits: dict[str, Split] = field(default_factory=dict)
+
+    def split(self, name: str) -> Split:
+        """Return the items of the "proxy" or "held_out" split; loaded once a process."""
+        if name not in self._splits:
+            self._splits[name] = split_of(self.run.recipe.evaluate, name)
+        return self._splits[name]
+
+    def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
+        """Score a checkpoint in this process; measured once per checkpoint and items, ever."""
+        batch = self.run.recipe.evaluate.batch_size
+        return score_checkpoint(checkpoint, self.split(split), self.run.store, batch_size=batch)
+
+    def serving(self, composite: str, progress: Progress) -> Server:
+        """Return the composite's server, started if this process has not started it yet."""
+        if self.server is None:
+            self.server = Server(Path(composite), self.run.recipe.serve, self.run.logs, progress).__enter__()
+        return self.server
+
+    def close(self) -> None:
+        """Stop the server, if it runs."""
+        if self.server is not None:
+            self.server.stop()
+            self.server = None
+
+
+_SESSIONS: dict[str, Session] = {}
