@@ -1,0 +1,279 @@
+"""Whole runs: end to end, killed and resumed, interrupted, refused."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MODELS, QUICKSTART, ROOT, Cli, children, survivors, take_signals
+
+RECIPE = f"""\
+name: small
+zoo:
+  models:
+    - {{id: math, model: {MODELS}/stories-math, examples: ["Tom has 3 apples."]}}
+    - {{id: science, model: {MODELS}/stories-science, examples: ["Why is the sky blue?"]}}
+    - {{id: web, model: {MODELS}/stories-web, examples: ["Welcome to our page."]}}
+merge: {{strategy: average, accept: always}}
+serve: {{engine: transformers, port: 0}}
+evaluate:
+  include: {QUICKSTART}/tasks
+  tasks: [quick_math, quick_science]
+  proxy_limit: 12
+  held_out_limit: 12
+  batch_size: 48
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def start(tmp_path: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "composer.cli", *arguments],
+        env={**os.environ, "MODEL_COMPOSER_RUNS": str(tmp_path / "runs")},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=take_signals,
+    )
+
+
+def events(tmp_path: Path) -> list[dict[str, object]]:
+    return [
+        json.loads(line)
+        for file in (tmp_path / "runs").glob("*/events.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+
+
+def wait_for(tmp_path: Path, stage: str, event: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 180
+    while not any(one["stage"] == stage and one["event"] == event for one in events(tmp_path)):
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    first = start(tmp_path, "run", str(recipe), "--yes")
+    wait_for(tmp_path, "merge", "started", first)
+    merged = tmp_path / "runs" / "store" / "merged"
+    deadline = time.monotonic() + 120
+    while not (merged.exists() and any(not path.name.startswith(".") for path in merged.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    made = {path.name for path in merged.iterdir() if not path.name.startswith(".")}
+    assert not any(one["stage"] == "merge" and one["event"] == "finished" for one in events(tmp_path))
+
+    second = cli("run", str(recipe), "--yes", "--json")
+    assert second.returncode == 0, second.stderr
+    log = events(tmp_path)
+    starts = [one["stage"] for one in log if one["event"] == "started"]
+    for stage in ("inspect", "compare", "cluster", "plan"):
+        assert starts.count(stage) == 1, "finished stages are not repeated"
+    assert starts.count("merge") == 2
+    finished = [one["stage"] for one in log if one["event"] == "finished"]
+    assert finished == [
+        "inspect",
+        "compare",
+        "cluster",
+        "plan",
+        "approve",
+        "merge",
+        "mix",
+        "serve",
+        "evaluate",
+        "report",
+    ]
+    assert made <= {path.name for path in merged.iterdir()}
+    assert not list(merged.glob(".*")), "what the killed process left behind is gone"
+
+    answer = json.loads(second.stdout)
+    assert Path(answer["report"]).is_file()
+    report = json.loads((Path(answer["run"]) / "report.json").read_text())
+    assert report["outcomes"][0]["merged"]
+    assert [expert["id"] for expert in report["composite"]["experts"]] == ["merged-1"]
+
+    third = cli("run", str(recipe), "--yes")
+    assert third.returncode == 0
+    assert "report:" in third.stdout
+    assert len(events(tmp_path)) == len(log), "a finished run does nothing again"
+
+    shown = cli("show", "small")
+    assert "merged-1" in shown.stdout
+    assert "done" in cli("ls").stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_engine_behind(recipe: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "run", str(recipe), "--yes", "merge.strategy=none", "zoo.models.0.id=only")
+    wait_for(tmp_path, "serve", "started", process)
+    deadline = time.monotonic() + 60
+    while len(children(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    engines = children(process.pid)
+    assert len(engines) >= 2, "a guard and its engine"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not survivors(engines)
+
+
+@pytest.mark.slow
+def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) -> None:
+    result = cli(
+        "run", str(ROOT / "recipes" / "quickstart.yaml"), "--yes", "--json",
+        "serve.port=0", "evaluate.proxy_limit=48", "evaluate.held_out_limit=24",
+        timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run = Path(json.loads(result.stdout)["run"])
+    report = json.loads((run / "report.json").read_text())
+    clusters = [set(one["members"]) for one in report["plan"]["clusters"]]
+    assert {name for one in clusters for name in one} == {one["id"] for one in report["zoo"]["members"]}
+    family = next(one for one in report["outcomes"] if any(name.startswith("stories") for name in one["merged"]))
+    assert len(family["merged"]) >= 3, "the good fine-tunes merge"
+    assert "stories-scrambled" not in family["merged"], "the one that hurts is found on the proxy split"
+    assert "stories-scrambled" in report["composite"]["left_out"]
+    engines = set(report["endpoint"]["engines"].values())
+    assert engines == ({"vllm"} if find_spec("vllm") else {"transformers"})
+    rows = {one["scores"]["subject"]: one for one in report["evidence"]["subjects"]}
+    assert rows["quickstart"]["role"] == "composite"
+    assert {one["id"] for one in report["zoo"]["members"]} <= set(rows)
+    page = (run / "report.html").read_text()
+    for text in ("<svg", "stories-scrambled", report["evidence"]["verdict"].split(":")[0]):
+        assert text in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", ""), "the report opens without a network"
+
+
+def test_without_a_yes_nothing_is_made(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    result = cli("run", str(recipe))
+    assert result.returncode == 8
+    assert "average 3 models greedily" in result.stdout
+    assert "GB of RAM" in result.stdout
+    assert "run again with --yes" in result.stderr
+    assert not (tmp_path / "runs" / "store" / "merged").exists()
+
+
+def test_a_run_is_not_worked_on_twice(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    first = start(tmp_path, "run", str(recipe), "--yes")
+    wait_for(tmp_path, "inspect", "started", first)
+    result = cli("run", str(recipe), "--yes")
+    assert result.returncode == 9
+    assert "another process is working on this run" in result.stderr
+    engines = children(first.pid)
+    first.kill()
+    first.wait()
+    assert not survivors(engines)
+
+
+def test_plan_writes_nothing(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    result = cli("plan", str(recipe), "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["cost"]["merges"] == 2
+    assert plan["clusters"][0]["members"] == ["math", "science", "web"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_expert_that_no_prompt_could_find_is_found_in_the_plan(recipe: Path, cli: Cli) -> None:
+    recipe.write_text(RECIPE.replace("merge:", f"    - {{id: code, model: {MODELS}/script-code}}\nmerge:"))
+    result = cli("plan", str(recipe))
+    assert result.returncode == 2
+    assert "(code) has no example requests" in result.stderr
+    assert "give 5 to 10 under zoo.models.code.examples" in result.stderr
+
+
+def test_errors_are_one_line_and_an_exit_code(recipe: Path, cli: Cli) -> None:
+    for arguments, code, words in (
+        (["run", "absent.yaml"], 2, "there is no such recipe file"),
+        (["validate", str(recipe), "merge.strategy=simmerge"], 2, "there is no strategy 'simmerge'"),
+        (["run", str(recipe), "--yes", "zoo.models.0.model=/absent"], 3, "model 'math': /absent does not exist"),
+        (["plan", str(recipe), "evaluate.tasks=[quick_maths]"], 6, "did you mean 'quick_math'"),
+        (["show", "nothing"], 2, "there is no run 'nothing'"),
+        (["rnu"], 2, "did you mean 'run'"),
+    ):
+        result = cli(*arguments)
+        assert result.returncode == code, (arguments, result.stderr)
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        lines = [line for line in result.stderr.splitlines() if "…" not in line]
+        assert len(lines) == 1, lines
+
+
+def test_light_verbs_do_not_import_torch(recipe: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom composer.cli import cli\n"
+        "for arguments in (['--help'], ['validate', sys.argv[1]], ['ls']):\n"
+        "    cli.main(arguments, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'mergekit', 'lm_eval', 'vllm', 'langgraph'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_zoo_of_one_is_served_as_it_is(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    recipe.write_text(
+        "".join(line for line in RECIPE.splitlines(True) if "id: science" not in line and "id: web" not in line)
+    )
+    result = cli("run", str(recipe), "--yes", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((Path(json.loads(result.stdout)["run"]) / "report.json").read_text())
+    assert report["outcomes"][0]["trials"] == []
+    assert report["composite"]["router"] is None
+    assert [expert["id"] for expert in report["composite"]["experts"]] == ["math"]
+    rows = {one["scores"]["subject"]: one["scores"]["tasks"] for one in report["evidence"]["subjects"]}
+    assert rows["small"] == rows["math"], "served as it is, it scores what it scores"
+
+
+def test_a_full_disk_has_its_exit_code(recipe: Path, tmp_path: Path, cli: Cli, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * ((1 << 20) - 40_000))
+    result = cli("run", str(recipe), "--yes", MODEL_COMPOSER_RUNS=str(small_disk))
+    assert result.returncode == 7, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "free some" in result.stderr
+
+
+def test_on_a_terminal_it_asks(recipe: Path, tmp_path: Path) -> None:
+    primary, secondary = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "composer.cli", "run", str(recipe)],
+        env={**os.environ, "MODEL_COMPOSER_RUNS": str(tmp_path / "runs"), "TERM": "xterm", "COLUMNS": "120"},
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        cwd=tmp_path,
+    )
+    os.close(secondary)
+    screen = b""
+    while b"Go ahead?" not in screen:
+        screen += os.read(primary, 4096)
+    os.write(primary, b"n\n")
+    with contextlib.suppress(OSError):
+        while part := os.read(primary, 4096):
+            screen += part
+    assert process.wait(timeout=60) == 8
+    text = screen.decode(errors="replace")
+    assert "average 3 models greedily" in text
+    assert "the plan was not approved; nothing was made" in text
+    os.close(primary)
