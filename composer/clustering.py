@@ -1,24 +1,25 @@
 """Which models belong together.
 
-Door: `cluster`.
+Doors: `cluster`, and `suggest`, which says where the natural gap lies.
 """
 
+from itertools import combinations, pairwise
 from typing import Literal
 
 from pydantic import Field
 
-from composer.settings import Section
-from composer.similarity import SimilarityMatrix
+from composer.similarity import SignalSection, SimilarityMatrix
 from composer.value import Value
 
 
-class ClusterSection(Section):
+class ClusterSection(SignalSection):
     """Which models may be merged with each other."""
 
-    signal: Literal["weights"] = "weights"
-    """What similarity is measured on: cosine of whole weight tensors."""
+    method: Literal["components", "leader", "agglomerative"] = "components"
+    """components: linked pairs, and what they link to. leader: a model joins the first cluster whose first model is
+    similar enough, as in Model-GLUE. agglomerative: clusters are joined while their mean similarity is high enough."""
     threshold: float = Field(default=0.95, ge=-1, le=1)
-    """The least similarity at which two models of the same shape belong together."""
+    """The least similarity at which two models belong together; `model-composer cluster --suggest` finds one."""
 
 
 class Cluster(Value):
@@ -27,9 +28,11 @@ class Cluster(Value):
     id: str
     members: tuple[str, ...]
     representative: str
-    """The medoid: the member most similar to all others."""
+    """The base, if it is known and of the cluster's shape; else the medoid: the member most similar to all others."""
     reason: str
     """Why these belong together, or why this one stands alone, in one sentence."""
+    notes: tuple[str, ...] = ()
+    """What is to be known before they are merged."""
 
 
 class Clusters(Value):
@@ -38,37 +41,132 @@ class Clusters(Value):
     clusters: tuple[Cluster, ...]
 
 
-def cluster(matrix: SimilarityMatrix, threshold: float) -> tuple[Cluster, ...]:
+class Suggestion(Value):
+    """Where a zoo falls apart by itself."""
+
+    threshold: float | None
+    """In the middle of the widest gap; None if no similarity is defined."""
+    above: float | None = None
+    """The lowest similarity that still joins clusters."""
+    below: float | None = None
+    """The highest that no longer does; None if there is none."""
+    clusters: int = 0
+    """Clusters at that threshold, loners included."""
+
+    def in_words(self) -> str:
+        """Return the suggestion as a sentence."""
+        if self.threshold is None:
+            return "no threshold to suggest: no two models can be compared and merged"
+        gap = f"between {self.above:.6f} and {self.below:.6f}" if self.below is not None else f"below {self.above:.6f}"
+        count = f"{self.clusters} cluster{'s' if self.clusters != 1 else ''}"
+        return f"the widest gap lies {gap}: cluster.threshold={self.threshold:.6g} gives {count}"
+
+
+class Join(Value):
+    """Two groups of models becoming one, at a similarity."""
+
+    first: tuple[int, ...]
+    """Places of models in the matrix."""
+    second: tuple[int, ...]
+    similarity: float
+
+
+def cluster(matrix: SimilarityMatrix, section: ClusterSection, base: str | None = None) -> tuple[Cluster, ...]:
     """Put every model into exactly one cluster.
 
-    Two models are linked when nothing gates them (architecture, shapes, tokenizer, settings) and their
-    similarity is at least `threshold`; clusters are the connected components, in the zoo's order.
+    Two models that may not be merged (architecture, shapes, tokenizer, settings) are never in one cluster.
+
+    Args:
+        matrix: From `compare`.
+        section: Method and threshold.
+        base: Id of the zoo's base, if it has one; it represents the cluster it is a member of.
     """
-    unseen = list(matrix.ids)
-    components: list[list[str]] = []
-    while unseen:
-        component, frontier = [], [unseen.pop(0)]
-        while frontier:
-            current = frontier.pop()
-            component.append(current)
-            linked = [other for other in unseen if _linked(matrix, current, other, threshold)]
-            unseen = [other for other in unseen if other not in linked]
-            frontier.extend(linked)
-        components.append(sorted(component, key=matrix.ids.index))
+    if section.method == "leader":
+        groups = _leaders(matrix, section.threshold)
+    else:
+        groups = _groups(matrix, [join for join in joins(matrix, section) if join.similarity >= section.threshold])
+    named = [[matrix.ids[place] for place in group] for group in sorted(groups)]
     return tuple(
         Cluster(
             id=f"cluster-{number}",
             members=tuple(members),
-            representative=_medoid(matrix, members),
-            reason=_reason(matrix, members, threshold),
+            representative=base if base in members else _medoid(matrix, members),
+            reason=_reason(matrix, members, section.threshold),
+            notes=_notes(matrix, members),
         )
-        for number, members in enumerate(components, start=1)
+        for number, members in enumerate(named, start=1)
     )
 
 
-def _linked(matrix: SimilarityMatrix, first: str, second: str, threshold: float) -> bool:
-    value = matrix.between(first, second)
-    return matrix.gate(first, second) is None and value is not None and value >= threshold
+def joins(matrix: SimilarityMatrix, section: ClusterSection) -> tuple[Join, ...]:
+    """Return how groups of models join as the threshold falls, the most similar first: the dendrogram.
+
+    The similarity of two groups is that of their most similar models, or for agglomerative clustering the mean over
+    all their pairs. Groups with a pair that may not be merged, or has no similarity, never join.
+    """
+    import numpy as np
+
+    groups: list[tuple[int, ...]] = [(place,) for place in range(len(matrix.ids))]
+    # nan where two groups must not meet; it stays nan whatever they join.
+    between = np.array([[_similarity(matrix, a[0], b[0]) for b in groups] for a in groups], dtype=float)
+    np.fill_diagonal(between, np.nan)
+    found = []
+    while not np.isnan(between).all():
+        i, j = sorted(divmod(int(np.nanargmax(between)), len(groups)))
+        found.append(Join(first=groups[i], second=groups[j], similarity=float(between[i, j])))
+        if section.method == "agglomerative":
+            sizes = len(groups[i]), len(groups[j])
+            joined = (sizes[0] * between[i] + sizes[1] * between[j]) / sum(sizes)
+        else:
+            joined = np.maximum(between[i], between[j])
+        between[i] = between[:, i] = joined
+        between[i, i] = np.nan
+        between = np.delete(np.delete(between, j, axis=0), j, axis=1)
+        groups[i] += groups.pop(j)
+    return tuple(found)
+
+
+def suggest(matrix: SimilarityMatrix, section: ClusterSection) -> Suggestion:
+    """Return the threshold in the widest gap between the similarities at which groups join, within 0..1."""
+    found = joins(matrix, section)
+    levels = sorted((join.similarity for join in found), reverse=True)
+    if not levels:
+        return Suggestion(threshold=None, clusters=len(matrix.ids))
+    edges = [1.0, *levels, min(0.0, levels[-1])]
+    gap, above, below = max((upper - lower, upper, lower) for upper, lower in pairwise(edges))
+    threshold = below + gap / 2
+    kept = [join for join in found if join.similarity >= threshold]
+    return Suggestion(
+        threshold=threshold, above=above, below=below if below in levels else None, clusters=len(_groups(matrix, kept))
+    )
+
+
+def _similarity(matrix: SimilarityMatrix, first: int, second: int) -> float | None:
+    """Return the similarity of two models that may be merged, or None."""
+    gate = matrix.gate(matrix.ids[first], matrix.ids[second])
+    return matrix.values[first][second] if gate is None else None
+
+
+def _groups(matrix: SimilarityMatrix, joined: list[Join]) -> list[list[int]]:
+    home = {place: {place} for place in range(len(matrix.ids))}
+    for join in joined:
+        whole = set(join.first) | set(join.second)
+        home.update(dict.fromkeys(whole, whole))
+    return [sorted(group) for group in {id(group): group for group in home.values()}.values()]
+
+
+def _leaders(matrix: SimilarityMatrix, threshold: float) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for place in range(len(matrix.ids)):
+        for group in groups:
+            value = _similarity(matrix, group[0], place)
+            apart = any(_similarity(matrix, member, place) is None for member in group)
+            if value is not None and value >= threshold and not apart:
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
 
 
 def _medoid(matrix: SimilarityMatrix, members: list[str]) -> str:
@@ -78,19 +176,36 @@ def _medoid(matrix: SimilarityMatrix, members: list[str]) -> str:
     return max(members, key=total)
 
 
+def _notes(matrix: SimilarityMatrix, members: list[str]) -> tuple[str, ...]:
+    """Return what is to be known about pairs of members, the same note once for all of its models."""
+    pairs: dict[str, set[str]] = {}
+    for first, second in combinations(members, 2):
+        note = matrix.note(first, second)
+        if note is not None:
+            pairs.setdefault(note, set()).update((first, second))
+    return tuple(f"{_few([name for name in members if name in models])}: {note}" for note, models in pairs.items())
+
+
 def _reason(matrix: SimilarityMatrix, members: list[str], threshold: float) -> str:
     if len(members) > 1:
         values = [matrix.between(a, b) or 0.0 for a in members for b in members if a != b]
-        return f"same architecture, shapes and tokenizer; weight cosines {min(values):.6f} to {max(values):.6f}"
+        return f"same architecture, shapes and tokenizer; {matrix.signal} {min(values):.6f} to {max(values):.6f}"
     name = members[0]
     others = [other for other in matrix.ids if other != name]
     if not others:
         return "the only model of the zoo"
     comparable = [other for other in others if matrix.gate(name, other) is None]
-    if comparable:
-        nearest = max(comparable, key=lambda other: matrix.between(name, other) or -1.0)
+    measured = [other for other in comparable if matrix.between(name, other) is not None]
+    if measured:
+        nearest = max(measured, key=lambda other: matrix.between(name, other) or -1.0)
         value = matrix.between(name, nearest) or 0.0
-        return f"its nearest neighbour, {nearest}, has weight cosine {value:.4f}, below the threshold {threshold}"
+        below = "below the" if value < threshold else "but the method keeps it out of that cluster at the"
+        return (
+            f"its nearest neighbour, {nearest}, has {matrix.signal} {value:.4f}, {below} the threshold {threshold:.6g}"
+        )
+    if comparable:
+        why = {matrix.why_undefined(name, other) or "nothing was measured" for other in comparable}
+        return f"there is no {matrix.signal}: {'; '.join(sorted(why))}"
     gates: dict[str, list[str]] = {}
     for other in others:
         gates.setdefault(matrix.gate(name, other) or "", []).append(other)

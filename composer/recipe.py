@@ -21,6 +21,8 @@ from composer.mixture.settings import MixtureSection
 from composer.registry import nearest
 from composer.serving.settings import ServeSection
 from composer.settings import Identifier, Section
+from composer.similarity import ProbesSection
+from composer.zoo.references import absolute
 from composer.zoo.settings import ZooSection
 
 
@@ -30,6 +32,7 @@ class Recipe(Section):
     name: Identifier
     """Names the run."""
     zoo: ZooSection
+    probes: ProbesSection = ProbesSection()
     cluster: ClusterSection = ClusterSection()
     merge: MergeSection = MergeSection()
     mixture: MixtureSection = MixtureSection()
@@ -115,7 +118,8 @@ def _validated(source: "_Source") -> Recipe:
 class _Source:
     """A recipe's text: finds the line that a key came from and words the errors."""
 
-    PATH_KEYS = frozenset({"model", "base", "include"})
+    PATH_KEYS = frozenset({"include", "texts"})
+    MODEL_KEYS = frozenset({"model", "base", "adapter"})
 
     def __init__(self, path: Path, document: Any, overridden: set[tuple[str | int, ...]]) -> None:
         self.path = path
@@ -144,8 +148,13 @@ class _Source:
         if isinstance(node, list):
             return [self.fill_in(value, (*location, index)) for index, value in enumerate(node)]
         if isinstance(node, str):
-            is_path = bool(location) and location[-1] in self.PATH_KEYS
-            return self._absolute(self._variables(str(node), location)) if is_path and node else str(node)
+            key = location[-1] if location else None
+            if not node or key not in self.PATH_KEYS | self.MODEL_KEYS:
+                return str(node)
+            text = self._variables(str(node), location)
+            if key == "texts" and text == "default":
+                return text
+            return absolute(text, self.path.parent) if key in self.MODEL_KEYS else self._absolute(text)
         if isinstance(node, bool) or node is None:
             return node
         return float(node) if isinstance(node, float) else int(node) if isinstance(node, int) else str(node)

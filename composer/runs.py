@@ -3,8 +3,8 @@
     <root>/<name>-<id>/   recipe.json, progress (SQLite), events.jsonl, one file per finished stage, report
     <root>/store/         content-addressed artefacts, shared by all runs
 
-The id is a hash of the resolved recipe and of the size and time of every model file, so the same recipe on the
-same inputs finds its run again, and changed inputs start a new one.
+The id is a hash of the resolved recipe and of the size and time of every local model file, so the same recipe on the
+same inputs finds its run again, and changed inputs start a new one. (A model on the hub counts by id and revision.)
 """
 
 import json
@@ -24,7 +24,7 @@ from composer.recipe import Recipe
 from composer.registry import nearest
 
 ROOT_VARIABLE = "MODEL_COMPOSER_RUNS"
-_INPUT_FILES = ("*.json", "*.safetensors", "*.jinja", "*.yaml", "*.jsonl", "*.py")
+_INPUT_FILES = ("*.json", "*.safetensors", "*.gguf", "*.jinja", "*.yaml", "*.jsonl", "*.py")
 
 
 def runs_root() -> Path:
@@ -42,7 +42,8 @@ class Run:
     @classmethod
     def of(cls, recipe: Recipe, root: Path) -> "Run":
         """Return the run of a recipe on its inputs as they are now; nothing is written."""
-        inputs = [*(entry.model for entry in recipe.zoo.models), recipe.zoo.base, recipe.evaluate.include]
+        models = [text for entry in recipe.zoo.models for text in (entry.model, entry.adapter)]
+        inputs = [*models, recipe.zoo.base, recipe.evaluate.include]
         key = digest([recipe.model_dump(mode="json"), [_status(Path(path)) for path in inputs if path]])
         return cls(root / f"{recipe.name}-{key[:8]}")
 
@@ -145,5 +146,9 @@ class Run:
 
 def _status(path: Path) -> list[Any]:
     """Return name, size and time of the files that make up an input: a checkpoint, or a folder of tasks."""
-    files = sorted({file for pattern in _INPUT_FILES for file in path.rglob(pattern) if file.is_file()})
+    files = (
+        [path]
+        if path.is_file()
+        else sorted({file for pattern in _INPUT_FILES for file in path.rglob(pattern) if file.is_file()})
+    )
     return [str(path), [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]]

@@ -1,6 +1,6 @@
 """The compose graph: from a recipe to a served, measured composite.
 
-    inspect -> compare -> cluster -> plan -> approve -> merge (one branch per cluster) -> mix -> serve
+    inspect -> compare -> cluster -> plan -> approve -> prepare -> merge (one branch per cluster) -> mix -> serve
             -> evaluate -> report
 
 Every node writes its result to a file in the run directory and puts the path into the state, so a killed run
@@ -18,7 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Send, interrupt
 
-from composer.clustering import Clusters, cluster
+from composer.clustering import Clusters, cluster, joins
 from composer.errors import NotApprovedError
 from composer.evaluation import Evidence, Subject, weigh_evidence
 from composer.evaluation.endpoint import ComposedModel
@@ -32,7 +32,7 @@ from composer.progress import Progress, Step
 from composer.report import RunRecord, write_report
 from composer.serving.server import Endpoint
 from composer.similarity import SimilarityMatrix, compare
-from composer.zoo import Zoo, inspect_zoo
+from composer.zoo import Zoo, inspect_zoo, make_whole
 from graphs.state import BranchState, ComposeContext, ComposeState, Session
 
 
@@ -63,8 +63,15 @@ def inspect(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, 
 def compare_models(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
     """Measure the similarity of all pairs."""
     session = runtime.context.session
+    recipe = session.run.recipe
     with stage("compare", runtime) as progress:
-        return {"similarity": _save(session, "similarity.json", compare(Zoo.load(state["zoo"]), progress))}
+        zoo = Zoo.load(state["zoo"])
+        skip = recipe.zoo.on_error == "skip"
+        matrix = compare(zoo, session.run.store, recipe.cluster, recipe.probes, skip_broken=skip, progress=progress)
+        done = {"similarity": _save(session, "similarity.json", matrix)}
+        if matrix.skipped:
+            done["zoo"] = _save(session, "zoo-sound.json", zoo.without(matrix.skipped))
+        return done
 
 
 def cluster_models(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
@@ -72,7 +79,9 @@ def cluster_models(state: ComposeState, runtime: Runtime[ComposeContext]) -> dic
     session = runtime.context.session
     with stage("cluster", runtime):
         matrix = SimilarityMatrix.load(state["similarity"])
-        clusters = Clusters(clusters=cluster(matrix, session.run.recipe.cluster.threshold))
+        base = Zoo.load(state["zoo"]).base
+        found = cluster(matrix, session.run.recipe.cluster, base.id if base else None)
+        clusters = Clusters(clusters=found)
         return {"clusters": _save(session, "clusters.json", clusters)}
 
 
@@ -101,6 +110,16 @@ def approve(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, 
         raise NotApprovedError("the plan was not approved; nothing was made")
     runtime.context.session.run.log("approve", "finished")
     return {"approved": True}
+
+
+def prepare(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
+    """Fold in adapters and dequantise GGUF files, for everything after this works on directories."""
+    session = runtime.context.session
+    with stage("prepare", runtime) as progress:
+        zoo = Zoo.load(state["zoo"])
+        for checkpoint in [*zoo.members, *([zoo.base] if zoo.base else [])]:
+            make_whole(checkpoint, session.run.store, progress)
+        return {}
 
 
 def branches(state: ComposeState) -> list[Send]:
@@ -182,11 +201,13 @@ def report(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, A
     session = runtime.context.session
     with stage("report", runtime):
         outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
+        matrix = SimilarityMatrix.load(state["similarity"])
         record = RunRecord(
             run=session.run.name,
             recipe=session.run.recipe.model_dump(mode="json"),
             zoo=Zoo.load(state["zoo"]),
-            similarity=SimilarityMatrix.load(state["similarity"]),
+            similarity=matrix,
+            joins=joins(matrix, session.run.recipe.cluster),
             plan=Plan.load(state["plan"]),
             outcomes=tuple(outcomes),
             composite=Composite.load(Path(state["composite"]) / MANIFEST),
@@ -231,6 +252,7 @@ def build() -> StateGraph[ComposeState, ComposeContext]:
     graph.add_node("cluster", cluster_models)
     graph.add_node("plan", plan)
     graph.add_node("approve", approve)
+    graph.add_node("prepare", prepare)
     graph.add_node("merge", merge)
     graph.add_node("mix", mix)
     graph.add_node("serve", serve)
@@ -241,7 +263,8 @@ def build() -> StateGraph[ComposeState, ComposeContext]:
     graph.add_edge("compare", "cluster")
     graph.add_edge("cluster", "plan")
     graph.add_edge("plan", "approve")
-    graph.add_conditional_edges("approve", branches, ["merge"])
+    graph.add_edge("approve", "prepare")
+    graph.add_conditional_edges("prepare", branches, ["merge"])
     graph.add_edge("merge", "mix")
     graph.add_edge("mix", "serve")
     graph.add_edge("serve", "evaluate")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from composer.errors import ZooError
 from composer.merging.smoke import smoke_check
 from composer.serving.engines import ENGINES
 from composer.similarity import compare
-from composer.zoo import Zoo, inspect_checkpoint, inspect_zoo, read_headers, read_rows
+from composer.zoo import SafetensorsWeights, Zoo, describe, inspect_checkpoint, inspect_zoo, read_blocks, read_headers
 from composer.zoo.settings import ModelEntry, ZooSection
-from tests.conftest import MODELS
+from tests.conftest import MODELS, Cli
 
 
 @pytest.fixture
@@ -64,9 +65,9 @@ def test_shards_are_read_as_one(model: Path, store: Store) -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 1000, 1 << 20])
 def test_blocks_of_rows_put_together_are_the_tensor(model: Path, block: int) -> None:
-    headers = read_headers(model)
+    weights = SafetensorsWeights(model)
     for name, tensor in load_file(model / "model.safetensors").items():
-        assert torch.equal(torch.cat(list(read_rows(headers, name, block))), tensor)
+        assert torch.equal(torch.cat(list(read_blocks(weights, name, block))), tensor)
 
 
 def test_the_content_hash_follows_the_content(model: Path, store: Store) -> None:
@@ -84,8 +85,8 @@ def test_a_missing_path(tmp_path: Path, store: Store) -> None:
     assert "absent does not exist" in refusal(tmp_path / "absent", store)
 
 
-def test_a_file_instead_of_a_directory(model: Path, store: Store) -> None:
-    assert "is a file; give the directory" in refusal(model / "config.json", store)
+def test_a_file_of_a_kind_nobody_knows(model: Path, store: Store) -> None:
+    assert "config.json is a file of a kind nobody here knows" in refusal(model / "config.json", store)
 
 
 def test_a_directory_without_weights(model: Path, store: Store) -> None:
@@ -140,16 +141,6 @@ def test_no_tokenizer(model: Path, store: Store) -> None:
     assert "no tokenizer.json" in refusal(model, store)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_name_file_and_tensor(model: Path, store: Store, value: float) -> None:
-    state = load_file(model / "model.safetensors")
-    state["model.layers.2.mlp.up_proj.weight"][3, 4] = value
-    save_file(state, model / "model.safetensors")
-    zoo = Zoo(members=(inspect_checkpoint("m", model, store),))
-    with pytest.raises(ZooError, match=r"model 'm': .*model.safetensors: tensor model.layers.2.mlp.up_proj.weight"):
-        compare(zoo)
-
-
 def test_a_zoo_keeps_order_examples_and_base(store: Store) -> None:
     section = ZooSection(
         models=[
@@ -163,3 +154,96 @@ def test_a_zoo_keeps_order_examples_and_base(store: Store) -> None:
     assert zoo.examples["b"] == ("1 + 1?",)
     assert zoo.base is not None
     assert zoo.base.id == "base"
+
+
+def test_an_index_that_names_what_a_shard_does_not_hold(model: Path, store: Store) -> None:
+    names = sorted(load_file(model / "model.safetensors"))
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*names, "model.extra.weight"], "model.safetensors")}))
+    assert "model.safetensors: tensor model.extra.weight is not in it" in refusal(model, store)
+
+
+def test_a_tensor_in_two_shards(model: Path, store: Store) -> None:
+    state = load_file(model / "model.safetensors")
+    save_file({"model.norm.weight": state["model.norm.weight"]}, model / "model-2.safetensors")
+    assert "tensor model.norm.weight is also in" in refusal(model, store)
+
+
+def test_a_header_whose_shape_does_not_fit_its_bytes(model: Path, store: Store) -> None:
+    file = model / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = [7]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    file.write_bytes(content[:8] + text + content[8 + length :])
+    assert "tensor model.norm.weight has" in refusal(model, store)
+
+
+def test_a_hundred_billion_parameters_are_described_in_seconds(tmp_path: Path, store: Store) -> None:
+    """400 shards of empty, sparse files: only headers can be read in that time."""
+    directory = tmp_path / "giant"
+    shutil.copytree(MODELS / "stories", directory)
+    (directory / "model.safetensors").unlink()
+    layers, hidden, inner, shards = 100, 8192, 34000, 400
+    index = {}
+    for number in range(shards):
+        layer, quarter = divmod(number, 4)
+        names = [
+            {f"model.layers.{layer}.self_attn.{part}_proj.weight": (hidden, hidden) for part in "qkvo"},
+            *({f"model.layers.{layer}.mlp.{part}_proj.weight": (inner, hidden)} for part in ("gate", "up", "down")),
+        ][quarter]
+        entries, end = {}, 0
+        for name, (rows, columns) in names.items():
+            entries[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [end, end + 2 * rows * columns]}
+            end += 2 * rows * columns
+        header = json.dumps(entries).encode()
+        file = directory / f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        with file.open("wb") as stream:
+            stream.write(len(header).to_bytes(8, "little") + header)
+            stream.truncate(8 + len(header) + end)
+        index |= dict.fromkeys(entries, file.name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    began = time.monotonic()
+    found = describe("giant", directory, store)
+    assert time.monotonic() - began < 10
+    assert found.parameters == layers * (4 * hidden**2 + 3 * hidden * inner) > 1e11
+    assert found.files == shards
+
+
+def test_broken_models_are_skipped_where_the_recipe_says_so(model: Path, store: Store) -> None:
+    (model / "model.safetensors").write_bytes(b"broken")
+    entries = [ModelEntry(id="good", model=str(MODELS / "stories")), ModelEntry(id="bad", model=str(model))]
+    with pytest.raises(ZooError, match="truncated"):
+        inspect_zoo(ZooSection(models=entries), store)
+    zoo = inspect_zoo(ZooSection(models=entries, on_error="skip"), store)
+    assert zoo.ids == ("good",)
+    assert "truncated" in zoo.skipped["bad"]
+    with pytest.raises(ZooError, match=r"no model of the zoo can be used; the first: .*truncated"):
+        inspect_zoo(ZooSection(models=entries[1:], on_error="skip"), store)
+
+
+def test_a_quantised_checkpoint_is_described_and_never_compared(model: Path, store: Store, cli: Cli) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    quantised = inspect_checkpoint("q", model, store)
+    plain = inspect_checkpoint("p", MODELS / "stories", store)
+    assert quantised.quantisation == "gptq"
+    matrix = compare(Zoo(members=(plain, quantised)), store)
+    assert matrix.between("p", "q") is None
+    assert matrix.gate("p", "q") == "q is stored quantised (gptq)"
+
+
+def test_inspect_shows_models_and_what_is_wrong(model: Path, cli: Cli) -> None:
+    result = cli("inspect", str(MODELS / "stories"), str(MODELS / "script-play"))
+    assert result.returncode == 0, result.stderr
+    assert "LlamaForCausalLM" in result.stdout
+    assert "Qwen2ForCausalLM" in result.stdout
+    (model / "model.safetensors").write_bytes(b"")
+    result = cli("inspect", "--json", "--hash", str(MODELS / "stories"), str(model), str(model / "absent"))
+    assert result.returncode == 3
+    found = json.loads(result.stdout)
+    assert [one["id"] for one in found["models"]] == [str(MODELS / "stories")]
+    assert len(found["models"][0]["content_hash"]) == 64
+    assert "truncated" in found["failed"][str(model)]
+    assert "does not exist" in found["failed"][str(model / "absent")]

@@ -21,14 +21,22 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from composer.evaluation.tasks import split_of
     from composer.planning import make_plan
     from composer.similarity import compare
-    from composer.zoo import inspect_zoo
+    from composer.zoo import inspect_zoo, missing_downloads
 
+    downloads = missing_downloads(loaded.zoo)
+    if downloads:
+        _tell_downloads(downloads, as_json)
+        return
     with (
         tempfile.TemporaryDirectory(prefix="model-composer-") as scratch,
         progress_bar(quiet=as_json) as progress,
     ):
-        zoo = inspect_zoo(loaded.zoo, Store(Path(scratch)), progress)
-        clusters = cluster(compare(zoo, progress), loaded.cluster.threshold)
+        store = Store(Path(scratch))
+        zoo = inspect_zoo(loaded.zoo, store, progress)
+        skip = loaded.zoo.on_error == "skip"
+        matrix = compare(zoo, store, loaded.cluster, loaded.probes, skip_broken=skip, progress=progress)
+        zoo = zoo.without(matrix.skipped)
+        clusters = cluster(matrix, loaded.cluster, zoo.base.id if zoo.base else None)
         plan = make_plan(
             loaded,
             zoo,
@@ -42,3 +50,16 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         from composer.cli.tables import print_plan
 
         print_plan(plan, zoo)
+
+
+def _tell_downloads(downloads: dict[str, int], as_json: bool) -> None:
+    """Say what has to be here before the zoo can be compared."""
+    if as_json:
+        print_json({"downloads": downloads})
+        return
+    for repository, size in downloads.items():
+        click.echo(f"not here yet: {repository}, {size / 1e9:.2f} GB")
+    click.echo(
+        f"'run' and 'cluster' download them first ({sum(downloads.values()) / 1e9:.2f} GB); "
+        "clusters, merges and their cost are known after that"
+    )

@@ -4,9 +4,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from composer.clustering import Cluster
 from composer.evaluation.evidence import Evidence
 from composer.planning import Plan
-from composer.zoo.checkpoint import Zoo
+from composer.similarity import SimilarityMatrix
+from composer.zoo.checkpoint import Checkpoint, Description, Zoo
+
+COLUMNS_AT_MOST = 4
+"""Models that are described side by side; more get a line each."""
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -31,6 +36,75 @@ def print_plan(plan: Plan, zoo: Zoo) -> None:
     console.print(
         f"needs about {cost.memory_gb:.1f} GB of RAM, {cost.disk_gb:.2f} GB of disk, {_duration(cost.seconds)}"
     )
+
+
+def print_descriptions(models: list[Description]) -> None:
+    """Print what models are, one column each, or one row each where they are many."""
+    if not models:
+        return
+    table = Table(title_justify="left")
+    rows = [_description(one) for one in models]
+    if len(models) <= COLUMNS_AT_MOST:
+        table.add_column("")
+        for row in rows:
+            table.add_column(row["model"], overflow="fold")
+        for key in list(rows[0])[1:]:
+            table.add_row(key, *(Text(row[key]) for row in rows))
+    else:
+        keys = ["model", "architecture", "parameters", "dtype", "layers", "hidden", "vocabulary", "licence"]
+        for key in keys:
+            table.add_column(key, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row[key]) for key in keys))
+    console.print(table)
+
+
+def _description(one: Description) -> dict[str, str]:
+    tokenizer = one.tokenizer
+    kept = f"{one.dtype}, dequantised from {one.dequantised_from}" if one.dequantised_from else one.dtype
+    return {
+        "model": one.id,
+        "architecture": one.architecture + (" (code of its own)" if one.remote_code else ""),
+        "parameters": f"{one.parameters:,}",
+        "dtype": f"{one.dtype}, quantised ({one.quantisation})" if one.quantisation else kept,
+        "size": f"{one.size_bytes / 1e9:.2f} GB in {one.files} file{'s' if one.files != 1 else ''}",
+        "layers": str(one.layers),
+        "hidden": f"{one.hidden_size}, MLP {one.intermediate_size}",
+        "heads": f"{one.heads}, {one.kv_heads} for keys and values",
+        "context": f"{one.context_length:,}" if one.context_length else "?",
+        "output head": "tied to the embedding" if one.tied_head else "its own",
+        "vocabulary": f"{tokenizer.size:,} tokens in {one.vocabulary_size:,} rows" if one.vocabulary_size else "?",
+        "tokenizer": f"tokens {tokenizer.vocabulary[:8]}, merges {tokenizer.merges[:8]}, added "
+        f"{tokenizer.added_tokens[:8]}, special {tokenizer.special_tokens[:8]}",
+        "chat template": tokenizer.chat_template[:8] if tokenizer.chat_template else "none",
+        "settings": "\n".join(f"{key} {value}" for key, value in one.settings.items() if "num_" not in key),
+        "licence": one.licence or "not stated",
+        "made from": one.base_hint or "not stated",
+        "content": one.content_hash[:12] if isinstance(one, Checkpoint) else "not hashed (--hash)",
+        "source": one.source.path + (f" + {one.source.adapter}" if one.source.adapter else ""),
+    }
+
+
+def print_clusters(matrix: SimilarityMatrix, clusters: tuple[Cluster, ...], skipped: dict[str, str]) -> None:
+    """Print which models belong together and why."""
+    table = Table(title=f"Clusters by {matrix.signal}", title_justify="left", show_lines=True)
+    table.add_column("cluster", no_wrap=True)
+    table.add_column("models", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for one in clusters:
+        members = [f"{name} (representative)" if name == one.representative else name for name in one.members]
+        why = [one.reason, *(f"note: {note}" for note in one.notes)]
+        table.add_row(one.id, Text("\n".join(members if len(members) > 1 else one.members)), Text("\n".join(why)))
+    console.print(table)
+    for name, reason in skipped.items():
+        console.print(Text(f"skipped: {name}: {reason}"))
+    if matrix.base:
+        console.print(Text(f"task vectors start at {matrix.base}, {matrix.base_reason}"))
+    if matrix.record_bytes:
+        sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in matrix.record_bytes.items())
+        console.print(Text(f"probe records: {sizes}"))
+    read = f"read {matrix.read_bytes / 1e9:.2f} GB of weights" if matrix.read_bytes else "read no weights: all known"
+    console.print(f"{len(matrix.ids)} models in {len(clusters)} clusters; {read}")
 
 
 def print_evidence(evidence: Evidence) -> None:

@@ -51,8 +51,9 @@ def make_merge(
         input_hashes=tuple(checkpoint.content_hash for checkpoint in inputs),
         parameters=parameters,
         base=base.content_hash if base is not None and operator.needs_base else None,
+        dequantised=_dequantised(inputs),
     )
-    key = digest([lineage.model_dump(exclude={"inputs"}), out_dtype, seed, _version()])
+    key = digest([lineage.model_dump(exclude={"inputs", "dequantised"}), out_dtype, seed, _version()])
     path = store.path("merged", key)
     if not path.exists():
         with store.new_directory("merged", key) as directory:
@@ -92,6 +93,9 @@ def _run(
             "dtype": "float32",
             "out_dtype": out_dtype,
         }
+        if _vocabularies_differ([*inputs, donor]):
+            # Every token of any input; one that only some have is taken from those.
+            settings["tokenizer"] = {"source": "union"}
         options = MergeOptions(
             quiet=True, random_seed=seed, write_model_card=False, trust_remote_code=_remote_code(inputs)
         )
@@ -126,6 +130,21 @@ def _plain_paths(checkpoints: list[Checkpoint]) -> Iterator[dict[str, str]]:
                 link.symlink_to(checkpoint.path)
             links[checkpoint.content_hash] = str(link)
         yield links
+
+
+def _vocabularies_differ(checkpoints: list[Checkpoint]) -> bool:
+    return len({(one.tokenizer.vocabulary, one.tokenizer.added_tokens, one.vocabulary_size) for one in checkpoints}) > 1
+
+
+def _dequantised(inputs: list[Checkpoint]) -> dict[str, str]:
+    """Return which models had been quantised before, those inside earlier merges included."""
+    found: dict[str, str] = {}
+    for checkpoint in inputs:
+        if checkpoint.dequantised_from:
+            found[checkpoint.id] = checkpoint.dequantised_from
+        if checkpoint.lineage:
+            found |= checkpoint.lineage.dequantised
+    return found
 
 
 def _remote_code(inputs: list[Checkpoint]) -> bool:

@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from composer.zoo import Checkpoint, read_headers, read_rows
+from composer.zoo import Checkpoint, SafetensorsWeights, read_blocks
 
 TEXTS = (
     "Once upon a time there was a little girl who lived near the woods with her mother.",
@@ -17,7 +17,7 @@ TEXTS = (
 EXPLOSION = 4.0
 """A merge may be at most this many times as perplexed as the most perplexed of its inputs."""
 
-_ROWS = 1 << 20
+_ELEMENTS = 1 << 20
 
 
 def smoke_check(merged: Checkpoint, inputs: list[Checkpoint]) -> str | None:
@@ -28,9 +28,9 @@ def smoke_check(merged: Checkpoint, inputs: list[Checkpoint]) -> str | None:
     """
     import torch
 
-    headers = read_headers(Path(merged.path))
-    for name in headers:
-        for block in read_rows(headers, name, _ROWS):
+    weights = SafetensorsWeights(Path(merged.path))
+    for name in weights.headers:
+        for block in read_blocks(weights, name, _ELEMENTS):
             if not torch.isfinite(block).all():
                 return f"tensor {name} holds NaN or infinite values"
     perplexity = _perplexity(merged.content_hash, merged.path, merged.remote_code)

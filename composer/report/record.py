@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from composer.clustering import Join
 from composer.evaluation import Evidence
 from composer.merging.plan import MergeOutcome
 from composer.mixture import Composite
@@ -19,6 +20,8 @@ class RunRecord(Value):
     recipe: dict[str, Any]
     zoo: Zoo
     similarity: SimilarityMatrix
+    joins: tuple[Join, ...]
+    """How the models join as the threshold falls."""
     plan: Plan
     outcomes: tuple[MergeOutcome, ...]
     composite: Composite

@@ -3,7 +3,8 @@
 Door: `compare`.
 """
 
+from composer.similarity.compare import compare
 from composer.similarity.matrix import SimilarityMatrix
-from composer.similarity.streamed import compare
+from composer.similarity.settings import ProbesSection, SignalSection
 
-__all__ = ["SimilarityMatrix", "compare"]
+__all__ = ["ProbesSection", "SignalSection", "SimilarityMatrix", "compare"]

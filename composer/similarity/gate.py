@@ -1,26 +1,75 @@
 """What must agree before weights may be averaged at all."""
 
 from composer.zoo import Checkpoint
+from composer.zoo.tokenizers import added_tokens
 
 
 def difference(first: Checkpoint, second: Checkpoint) -> str | None:
     """Return in words the first property that keeps two models from being merged, or None."""
+    for one in (first, second):
+        if one.quantisation:
+            return f"{one.id} is stored quantised ({one.quantisation})"
     if first.architecture != second.architecture:
-        return f"another architecture ({first.architecture}, {second.architecture})"
+        return f"another architecture ({_both(first.architecture, second.architecture)})"
     if first.shapes_hash != second.shapes_hash:
-        for what, a, b in (
-            ("hidden size", first.hidden_size, second.hidden_size),
-            ("number of layers", first.layers, second.layers),
-            ("vocabulary size", first.vocabulary_size, second.vocabulary_size),
-        ):
-            if a != b:
-                return f"another {what} ({a}, {b})"
-        return f"other tensor names or shapes ({first.parameters:,} and {second.parameters:,} parameters)"
-    if first.tokenizer.vocabulary != second.tokenizer.vocabulary:
-        return "another tokenizer vocabulary"
-    if first.tokenizer.merges != second.tokenizer.merges:
-        return "other tokenizer merges"
+        return _shape_difference(first, second)
     for key in sorted({*first.settings, *second.settings}):
         if first.settings.get(key) != second.settings.get(key):
-            return f"another {key} ({first.settings.get(key)}, {second.settings.get(key)})"
+            return f"another {key} ({_both(first.settings.get(key), second.settings.get(key))})"
+    if first.tokenizer.merges != second.tokenizer.merges:
+        return "other tokenizer merges"
+    if not _same_tokens(first, second) and added_tokens(first.tokenizer_home, second.tokenizer_home) is None:
+        return "another tokenizer vocabulary"
     return None
+
+
+def note(first: Checkpoint, second: Checkpoint) -> str | None:
+    """Return what is to be known about two models that may be merged, or None.
+
+    Different chat templates and special tokens do not stand against a merge, but change what the result answers to.
+    """
+    notes = []
+    if not _same_tokens(first, second):
+        added = added_tokens(first.tokenizer_home, second.tokenizer_home)
+        if added:
+            notes.append(f"vocabularies differ by added tokens ({_few(added)})")
+    elif first.vocabulary_size != second.vocabulary_size:
+        notes.append(f"embeddings of {first.vocabulary_size:,} and {second.vocabulary_size:,} rows for the same tokens")
+    if first.tokenizer.chat_template != second.tokenizer.chat_template:
+        notes.append("another chat template")
+    return "; ".join(notes) or None
+
+
+def comparable(first: Checkpoint, second: Checkpoint) -> bool:
+    """Return whether the weights of two models can be compared, whether or not they may be merged."""
+    return first.shapes_hash == second.shapes_hash and not first.quantisation and not second.quantisation
+
+
+def _shape_difference(first: Checkpoint, second: Checkpoint) -> str:
+    for what, a, b in (
+        ("hidden size", first.hidden_size, second.hidden_size),
+        ("number of layers", first.layers, second.layers),
+        ("MLP size", first.intermediate_size, second.intermediate_size),
+        ("number of attention heads", first.heads, second.heads),
+        ("number of key-value heads", first.kv_heads, second.kv_heads),
+    ):
+        if a != b:
+            return f"another {what} ({_both(a, b)})"
+    if first.tied_head != second.tied_head:
+        tied, untied = (first, second) if first.tied_head else (second, first)
+        return f"{tied.id} ties its output head to the embedding, {untied.id} does not"
+    return f"other tensor names or shapes ({_both(f'{first.parameters:,}', f'{second.parameters:,}')} parameters)"
+
+
+def _same_tokens(first: Checkpoint, second: Checkpoint) -> bool:
+    a, b = first.tokenizer, second.tokenizer
+    return (a.vocabulary, a.added_tokens) == (b.vocabulary, b.added_tokens)
+
+
+def _both(first: object, second: object) -> str:
+    """Name two values in an order of their own, so that a pair reads the same from both sides."""
+    return ", ".join(sorted((str(first), str(second)), key=lambda text: (len(text), text)))
+
+
+def _few(tokens: tuple[str, ...]) -> str:
+    return ", ".join(tokens[:4]) + (f" and {len(tokens) - 4} more" if len(tokens) > 4 else "")

@@ -1,94 +1,458 @@
-"""Similarity of all pairs in one pass over the weights."""
+"""All pairs of a group of models in one pass over their weights.
 
-from itertools import combinations
+Each tensor of each model is read once, a block of rows at a time, and only inner products are kept: reads grow
+with the number of models, not with that of pairs, and memory with the block, not with the models. What is known of
+a pair already, by content hash, is not computed again.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from composer.errors import ZooError
-from composer.progress import Progress, Step, silent
-from composer.similarity.gate import difference
-from composer.similarity.matrix import SimilarityMatrix
-from composer.zoo import Checkpoint, TensorHeader, Zoo, read_headers, read_rows
+from composer.progress import Progress, Step
+from composer.similarity.moments import Moments, MomentsCache
+from composer.zoo import Checkpoint, TensorHeader, Weights, open_weights
+from composer.zoo.kinds import is_vocabulary
+from composer.zoo.tokenizers import vocabulary
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 20
-"""Elements of one model held at a time: memory is `models x BLOCK_ELEMENTS`, whatever the models' size."""
+BLOCK_ELEMENTS = 1 << 21
+"""Elements held of all models together by each worker."""
+MOST_WORKERS = 8
+"""Tensors read at the same time, at most; each holds its own blocks."""
+RUN = 512
+"""Products added up in float32 before the sum is carried on in float64: keeps the error of a cosine below 1e-6."""
 
 
-def compare(zoo: Zoo, progress: Progress = silent) -> SimilarityMatrix:
-    """Measure the cosine of every pair of models of equal shape, reading each tensor of each model once.
+@dataclass
+class Pass:
+    """What a pass found."""
 
-    The similarity of two models is the mean, over their attention and MLP matrices, of the cosine of the
-    flattened matrices (Model-GLUE, arXiv 2410.05357, section 3; there per input column). Embeddings, norms
-    and the output head are checked for non-finite values but do not count.
+    read_bytes: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    """Models that cannot be used, by id, with the reason."""
 
-    Raises:
-        ZooError: if a tensor holds NaN or infinity, naming model, file and tensor.
+
+def measure(
+    group: list[Checkpoint],
+    base: Checkpoint | None,
+    cache: MomentsCache,
+    *,
+    columns: bool,
+    progress: Progress,
+) -> Pass:
+    """Make sure that the moments of all pairs of a group are in the cache.
+
+    Args:
+        group: Models whose tensors have the same names and shapes, up to rows of vocabulary.
+        base: The model that task vectors start from, if it is known and of the same shapes; moments of task vectors
+            are then taken in the same pass.
+        cache: Where moments are looked up and kept.
+        columns: Whether the cosines of single columns are wanted too.
+        progress: Told of the bytes read.
+    """
+    models = [*group, *([base] if base is not None and base.id not in [one.id for one in group] else [])]
+    found = Pass()
+    while True:
+        missing = _missing(models, base, cache, columns)
+        fresh = _cover(models, missing, cache)
+        if not fresh:
+            return found
+        # Models with something to measure stand first; the others only lend their weights.
+        lent = {name for pair in missing for name in pair} | ({base.id} if base is not None and missing else set())
+        others = [one for one in models if one.id in lent and one not in fresh]
+        try:
+            reader = _Reader([*fresh, *others], len(fresh), base, columns)
+            reader.run(found, progress)
+        except _BrokenError as error:  # a file cannot be read: the others start again without it
+            found.broken[error.model] = error.reason
+        else:
+            reader.save(cache, missing, found.broken)
+        models = [one for one in models if one.id not in found.broken]
+        if base is not None and base.id in found.broken:
+            base = None
+
+
+class _BrokenError(Exception):
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(reason)
+        self.model, self.reason = model, reason
+
+
+def _missing(
+    models: list[Checkpoint], base: Checkpoint | None, cache: MomentsCache, columns: bool
+) -> set[frozenset[str]]:
+    """Return the pairs that are not in the cache yet, by ids."""
+    missing = set()
+    for first, second in combinations(models, 2):
+        needed = [None] if base is None or base.id in (first.id, second.id) else [None, base.content_hash]
+        hashes = first.content_hash, second.content_hash
+        if any(cache.load(*hashes, one, columns=columns) is None for one in needed):
+            missing.add(frozenset((first.id, second.id)))
+    return missing
+
+
+def _cover(models: list[Checkpoint], missing: set[frozenset[str]], cache: MomentsCache) -> list[Checkpoint]:
+    """Return few models such that every missing pair has one of them, and those whose weights were never read."""
+    chosen = {one.id for one in models if not cache.is_finite(one.content_hash)}
+    left = [pair for pair in missing if not pair & chosen]
+    while left:
+        counts = Counter(name for pair in left for name in sorted(pair))
+        name = max(sorted(counts), key=lambda one: counts[one])
+        chosen.add(name)
+        left = [pair for pair in left if name not in pair]
+    return [one for one in models if one.id in chosen]
+
+
+@dataclass
+class _Sums:
+    """Sums over the elements of one tensor, `[fresh, models]` each, in float64."""
+
+    dots: "torch.Tensor"
+    first_squares: "torch.Tensor"
+    second_squares: "torch.Tensor"
+    sign_dots: "torch.Tensor"
+    """Elements of one sign less elements of opposite signs."""
+    both_nonzero: "torch.Tensor"
+
+    @classmethod
+    def zeros(cls, fresh: int, models: int) -> "_Sums":
+        import torch
+
+        return cls(*(torch.zeros(fresh, models, dtype=torch.float64) for _ in range(5)))
+
+    def add(self, block: "torch.Tensor", elements: int, mask: "_Mask | None" = None) -> None:
+        """Add a block, `[models, elements, padded with zeros to whole runs]`; its contents are used up."""
+        import torch
+
+        fresh, models = self.dots.shape
+        dots = _gram(block, fresh)
+        squares = dots.diagonal() if fresh == models else _squares(block)
+        if block.dtype == torch.float32 and not _in_range(block, squares):
+            block = block.double()
+            dots, squares = _gram(block, fresh), _squares(block)
+        self.dots += dots
+        if mask is None:
+            self.first_squares += squares[:fresh, None]
+            self.second_squares += squares
+        else:
+            own = mask.row_squares(block)
+            self.first_squares += own[:fresh] @ mask.present.T
+            self.second_squares += mask.present[:fresh] @ own.T
+        signs = block.sign_()
+        sign_dots = _gram(signs, fresh)
+        self.sign_dots += sign_dots
+        nonzero = sign_dots.diagonal() if fresh == models else _squares(signs)
+        zeros = elements - nonzero
+        if mask is None and int((zeros > 0).sum()) <= 1:  # no element is zero in two models
+            self.both_nonzero += elements - zeros[:fresh, None] - zeros
+            self.both_nonzero[range(fresh), range(fresh)] += zeros[:fresh]
+        else:
+            self.both_nonzero += _gram(signs.abs_(), fresh)
+
+
+@dataclass
+class _Mask:
+    """Which tokens of a block of rows each model has."""
+
+    present: "torch.Tensor"
+    """`[models, tokens]`, 1 or 0, in float64."""
+    width: int
+    """Elements in a row."""
+
+    def row_squares(self, block: "torch.Tensor") -> "torch.Tensor":
+        """Return the squared norm of each row, `[models, tokens]`."""
+        models, tokens = self.present.shape
+        rows = block[:, : tokens * self.width].reshape(models, tokens, self.width).double()
+        return rows.square().sum(dim=2)
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that compute with one thread each.
+
+    Small operations waste a third of their time in waiting for each other's threads; whole tensors in parallel do
+    not, and the reading of one overlaps with the arithmetic of another.
     """
     import torch
 
-    members = zoo.members
-    gates = {f"{a.id}|{b.id}": reason for a, b in combinations(members, 2) if (reason := difference(a, b)) is not None}
-    headers = {member.id: read_headers(Path(member.path)) for member in members}
-    total = sum(header.nbytes for one in headers.values() for header in one.values())
-    values: dict[tuple[str, str], float] = {}
-    done = 0
-    for group in _groups(members, gates):
-        sums = torch.zeros(len(group), len(group), dtype=torch.float64)
-        count = 0
-        for name in headers[group[0].id]:
-            gram = _gram(group, headers, name)
-            done += sum(headers[member.id][name].nbytes for member in group)
-            progress(Step(stage="compare", message=name, done=done, total=total))
-            if _counts(name, headers[group[0].id][name]):
-                norms = gram.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-                sums += gram / torch.outer(norms, norms)
-                count += 1
-        for i, a in enumerate(group):
-            for j, b in enumerate(group):
-                values[a.id, b.id] = float(sums[i, j] / count) if count else float(i == j)
-    if zoo.base is not None and zoo.base.id not in zoo.ids:
-        alone = {zoo.base.id: read_headers(Path(zoo.base.path))}
-        for name in alone[zoo.base.id]:
-            _gram([zoo.base], alone, name)
-    ids = zoo.ids
-    rows = tuple(tuple(1.0 if a == b else values.get((a, b)) for b in ids) for a in ids)
-    return SimilarityMatrix(ids=ids, values=rows, gates=gates)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(min(threads, MOST_WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _groups(members: tuple[Checkpoint, ...], gates: dict[str, str]) -> list[list[Checkpoint]]:
-    """Split the zoo into groups in which every pair passes the gate."""
-    groups: list[list[Checkpoint]] = []
-    for member in members:
-        for group in groups:
-            if f"{group[0].id}|{member.id}" not in gates:
-                group.append(member)
-                break
-        else:
-            groups.append([member])
-    return groups
+def _whole_runs(elements: int) -> int:
+    return -(-elements // RUN) * RUN
 
 
-def _gram(group: list[Checkpoint], headers: dict[str, dict[str, TensorHeader]], name: str) -> "torch.Tensor":
-    """Return the inner products of one tensor of all models of a group, `[models, models]` in float64."""
+def _gram(block: "torch.Tensor", fresh: int) -> "torch.Tensor":
+    """Return inner products of the first `fresh` rows with all, in runs of `RUN` elements."""
     import torch
 
-    gram = torch.zeros(len(group), len(group), dtype=torch.float64)
-    streams = [read_rows(headers[member.id], name, BLOCK_ELEMENTS) for member in group]
-    for blocks in zip(*streams, strict=True):
-        matrix = torch.stack([block.reshape(-1).to(torch.float64) for block in blocks])
-        gram += matrix @ matrix.T
-    for index, member in enumerate(group):
-        # A sum of squares is finite exactly when every element is (float64 has room for any float32).
-        if not torch.isfinite(gram[index, index]):
-            file = headers[member.id][name].file
-            raise ZooError(f"model '{member.id}': {file}: tensor {name} holds NaN or infinite values")
-    return gram
+    runs = block.view(len(block), -1, RUN).transpose(0, 1)
+    return torch.bmm(runs[:, :fresh], runs.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
 
 
-def _counts(name: str, header: TensorHeader) -> bool:
-    """Return whether a tensor is a matrix of an attention or MLP block."""
-    embedding = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
-    return len(header.shape) >= 2 and not embedding
+def _squares(block: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    runs = block.view(len(block), -1, RUN)
+    squares: torch.Tensor = torch.linalg.vecdot(runs, runs)
+    return squares.sum(dim=1, dtype=torch.float64)
+
+
+def _in_range(block: "torch.Tensor", squares: "torch.Tensor") -> bool:
+    """Return whether sums of squares in float32 neither overflowed nor lost small numbers."""
+    usual = (squares > 1e-24) & (squares < 1e32)
+    if bool(usual.all()):
+        return True
+    odd = (~usual).nonzero().flatten()
+    return all(bool(squares[index] == 0) and not bool(block[index].any()) for index in odd)
+
+
+class _Reader:
+    """One pass over a group of models, of which the first `fresh` have pairs to be measured."""
+
+    def __init__(self, models: list[Checkpoint], fresh: int, base: Checkpoint | None, columns: bool) -> None:
+        self.models, self.fresh, self.columns = models, fresh, columns
+        self.base = next((index for index, one in enumerate(models) if base is not None and one.id == base.id), None)
+        self.base_hash = base.content_hash if base is not None else None
+        self.weights = [self._open(one) for one in models]
+        self.names = list(self.weights[0].headers)
+        self.sums: dict[str, _Sums] = {}
+        self.delta_sums: dict[str, _Sums] = {}
+        self.column_cosines: dict[str, torch.Tensor] = {}
+        self.delta_column_cosines: dict[str, torch.Tensor] = {}
+
+    def run(self, found: Pass, progress: Progress) -> None:
+        """Read everything once and fill the sums; models that are not finite go to `found.broken`."""
+        total = sum(header.nbytes for one in self.weights for header in one.headers.values())
+        done = 0
+        with _workers() as pool:
+            for name, headers in zip(self.names, pool.map(self._tensor, self.names), strict=True):
+                done += sum(header.nbytes for header in headers)
+                progress(Step(stage="compare", message=name, done=done, total=total))
+                self._find_broken(name, headers, found)
+        found.read_bytes += done
+
+    def save(self, cache: MomentsCache, missing: set[frozenset[str]], broken: dict[str, str]) -> None:
+        """Keep the moments of the pairs that were missing."""
+        sound = [index for index, one in enumerate(self.models) if one.id not in broken]
+        for index in sound:
+            cache.mark_finite(self.models[index].content_hash)
+        if len(sound) < 2:
+            return
+        weights = _Table(self.sums, self.column_cosines if self.columns else None)
+        deltas = None
+        if self.base in sound:
+            deltas = _Table(self.delta_sums, self.delta_column_cosines if self.columns else None)
+        for i, j in combinations(sound, 2):  # the first is a fresh one, since those stand first
+            first, second = self.models[i], self.models[j]
+            if frozenset((first.id, second.id)) in missing:
+                hashes = first.content_hash, second.content_hash
+                cache.save(*hashes, None, weights.pair(i, j))
+                if deltas is not None and self.base not in (i, j):
+                    cache.save(*hashes, self.base_hash, deltas.pair(i, j))
+
+    def _open(self, one: Checkpoint) -> Weights:
+        try:
+            return open_weights(one.source, Path(one.home))
+        except ZooError as error:
+            raise _BrokenError(one.id, str(error)) from None
+
+    def _tensor(self, name: str) -> list[TensorHeader]:
+        """Read one tensor of all models and fill its sums."""
+        import torch
+
+        headers = [one.headers[name] for one in self.weights]
+        if not all(header.floating for header in headers):
+            return headers
+        count = len(self.models)
+        sums = self.sums[name] = _Sums.zeros(self.fresh, count)
+        deltas = _Sums.zeros(self.fresh, count) if self.base is not None else None
+        dtype = torch.float64 if any(header.dtype == "F64" for header in headers) else torch.float32
+        width = headers[0].row_elements
+        matrix = len(headers[0].shape) == 2 and self.columns
+        columns = _Columns(self.fresh, count, width) if matrix else None
+        delta_columns = _Columns(self.fresh, count, width) if matrix and self.base is not None else None
+        step = max(1, BLOCK_ELEMENTS // count // max(1, width))
+        buffer = torch.empty(count * _whole_runs(min(step, self._most_rows(name, headers)) * width), dtype=dtype)
+        aligned = is_vocabulary(name) and self._rows_differ(headers)
+        for parts, present in self._aligned(name, step) if aligned else self._blocks(name, headers[0].rows, step):
+            length = parts[0].numel()
+            block = buffer[: count * _whole_runs(length)].view(count, -1)
+            block[:, length:] = 0
+            for index, part in enumerate(parts):
+                block[index, :length] = part.reshape(-1)
+            mask = None if present is None else _Mask(present, width)
+            centred = self._centred(block, mask) if deltas is not None else None
+            if columns is not None:
+                columns.add(block[:, :length].view(count, -1, width))
+            if delta_columns is not None and centred is not None:
+                delta_columns.add(centred[:, :length].view(count, -1, width))
+            sums.add(block, length, mask)
+            if deltas is not None and centred is not None:
+                deltas.add(centred, length, mask)
+        if deltas is not None:
+            self.delta_sums[name] = deltas
+        if columns is not None:
+            self.column_cosines[name] = columns.cosines()
+        if delta_columns is not None:
+            self.delta_column_cosines[name] = delta_columns.cosines()
+        return headers
+
+    def _centred(self, block: "torch.Tensor", mask: _Mask | None) -> "torch.Tensor":
+        """Return task vectors: the block less the base; zero where a token is not in both."""
+        centred = block - block[self.base]
+        if mask is not None:
+            both = (mask.present * mask.present[self.base]).repeat_interleave(mask.width, dim=1)
+            centred[:, : both.shape[1]] *= both.to(centred.dtype)
+        return centred
+
+    def _find_broken(self, name: str, headers: list[TensorHeader], found: Pass) -> None:
+        """List the models whose tensor holds NaN or infinity.
+
+        A sum of squares in float64 is finite exactly when every element is: it has room for those of any float32.
+        """
+        if name not in self.sums:
+            return
+        finite = self.sums[name].second_squares.isfinite().all(dim=0)
+        for index, one in enumerate(self.models):
+            if not finite[index] and one.id not in found.broken:
+                found.broken[one.id] = f"{headers[index].file}: tensor {name} holds NaN or infinite values"
+
+    def _blocks(self, name: str, rows: int, step: int) -> Iterator[tuple[list["torch.Tensor"], None]]:
+        """Yield the same rows of all models."""
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield [self._read(index, name, start, stop) for index in range(len(self.models))], None
+
+    def _aligned(self, name: str, step: int) -> Iterator[tuple[list["torch.Tensor"], "torch.Tensor"]]:
+        """Yield the rows of the same tokens of all models, and which models have each; zeros where one has not."""
+        for start in range(0, self._places.shape[1], step):
+            block = self._places[:, start : start + step].clone()
+            parts = []
+            for index, one in enumerate(self.weights):
+                block[index][block[index] >= one.headers[name].rows] = -1
+                parts.append(self._gather(index, name, block[index]))
+            yield parts, (block >= 0).double()
+
+    def _most_rows(self, name: str, headers: list[TensorHeader]) -> int:
+        """Return the number of rows of the longest run through a tensor."""
+        aligned = is_vocabulary(name) and self._rows_differ(headers)
+        return int(self._places.shape[1]) if aligned else headers[0].rows
+
+    def _gather(self, index: int, name: str, rows: "torch.Tensor") -> "torch.Tensor":
+        """Return the given rows of a tensor, zeros for -1; neighbours are read together."""
+        import torch
+
+        header = self.weights[index].headers[name]
+        out = torch.zeros(len(rows), *header.shape[1:], dtype=torch.float64 if header.dtype == "F64" else torch.float32)
+        breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1
+        edges = [0, *breaks.tolist(), len(rows)]
+        for start, stop in pairwise(edges):
+            first = int(rows[start])
+            if first >= 0:
+                out[start:stop] = self._read(index, name, first, first + stop - start).to(out.dtype)
+        return out
+
+    def _read(self, index: int, name: str, start: int, stop: int) -> "torch.Tensor":
+        try:
+            return self.weights[index].read(name, start, stop)
+        except ZooError as error:
+            raise _BrokenError(self.models[index].id, str(error)) from None
+
+    def _rows_differ(self, headers: list[TensorHeader]) -> bool:
+        """Return whether a row stands for another token in another model."""
+        tokens = {(one.tokenizer.vocabulary, one.tokenizer.added_tokens) for one in self.models}
+        return len(tokens) > 1 or len({header.rows for header in headers}) > 1
+
+    @cached_property
+    def _places(self) -> "torch.Tensor":
+        """The row of every token of any model in every model, `[models, tokens]`; -1 where it has none."""
+        import torch
+
+        tables = [vocabulary(Path(one.tokenizer_home)) for one in self.models]
+        tokens: dict[str, int] = {}
+        for table in tables:
+            for token, _ in sorted(table.items(), key=lambda item: item[1]):
+                tokens.setdefault(token, len(tokens))
+        places = torch.full((len(tables), len(tokens)), -1, dtype=torch.long)
+        for index, table in enumerate(tables):
+            places[index, [tokens[token] for token in table]] = torch.tensor(list(table.values()))
+        return places
+
+
+class _Columns:
+    """Cosines of the columns of one matrix, `[out, in]`."""
+
+    def __init__(self, fresh: int, models: int, width: int) -> None:
+        import torch
+
+        self.dots = torch.zeros(width, fresh, models, dtype=torch.float64)
+        self.squares = torch.zeros(width, models, dtype=torch.float64)
+
+    def add(self, rows: "torch.Tensor") -> None:
+        """Add rows of all models, `[models, rows, columns]`."""
+        import torch
+
+        fresh = self.dots.shape[1]
+        for start in range(0, rows.shape[1], RUN):
+            part = rows[:, start : start + RUN].permute(2, 0, 1)
+            self.dots += torch.bmm(part[:, :fresh], part.transpose(1, 2))
+            self.squares += part.square().sum(dim=2)
+
+    def cosines(self) -> "torch.Tensor":
+        """Return the mean over columns, `[fresh, models]`; columns that are zero in one of the two do not count."""
+        norms = self.squares.sqrt()
+        scale = norms[:, : self.dots.shape[1], None] * norms[:, None, :]
+        counted = scale > 0
+        cosines = (self.dots / scale.where(counted, scale.new_ones(()))).clamp(-1, 1) * counted
+        return cosines.sum(dim=0) / counted.sum(dim=0)  # nan where no column counts
+
+
+class _Table:
+    """The sums of all tensors, ready to be cut into pairs."""
+
+    def __init__(self, sums: dict[str, _Sums], columns: dict[str, "torch.Tensor"] | None) -> None:
+        import torch
+
+        def stacked(name: str) -> torch.Tensor:
+            return torch.stack([getattr(one, name) for one in sums.values()])
+
+        self.names = tuple(sums)
+        self.dots, self.first, self.second = map(stacked, ("dots", "first_squares", "second_squares"))
+        self.both = stacked("both_nonzero").long()
+        self.same = (self.both + stacked("sign_dots").long()) // 2
+        self.columns = columns
+
+    def pair(self, i: int, j: int) -> Moments:
+        def values(table: "torch.Tensor") -> Any:
+            return tuple(table[:, i, j].tolist())
+
+        def column(name: str) -> float | None:
+            value = float(self.columns[name][i, j]) if self.columns and name in self.columns else float("nan")
+            return None if value != value else value
+
+        return Moments(
+            names=self.names,
+            dots=values(self.dots),
+            first_squares=values(self.first),
+            second_squares=values(self.second),
+            same_signs=values(self.same),
+            both_nonzero=values(self.both),
+            column_cosines=tuple(column(name) for name in self.names) if self.columns is not None else None,
+        )

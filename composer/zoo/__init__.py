@@ -1,20 +1,40 @@
 """The zoo: what checkpoints are, read from their headers and configuration alone.
 
-Door: `inspect_zoo`.
+Doors: `inspect_zoo`; `open_weights`, which reads any of them a few rows at a time; `make_whole`, which writes one out
+as a directory.
 """
 
-from composer.zoo.checkpoint import Checkpoint, Lineage, TokenizerFingerprint, Zoo
-from composer.zoo.inspection import inspect_checkpoint, inspect_zoo
-from composer.zoo.weights import TensorHeader, read_headers, read_rows
+from composer.zoo.checkpoint import Checkpoint, Description, Lineage, TokenizerFingerprint, Zoo
+from composer.zoo.inspection import (
+    describe,
+    describe_remote,
+    inspect_checkpoint,
+    inspect_zoo,
+    missing_downloads,
+    open_weights,
+)
+from composer.zoo.references import ModelReference, Source
+from composer.zoo.weights import SafetensorsWeights, TensorHeader, Weights, read_blocks, read_headers
+from composer.zoo.whole import make_whole
 
 __all__ = [
     "Checkpoint",
+    "Description",
     "Lineage",
+    "ModelReference",
+    "SafetensorsWeights",
+    "Source",
     "TensorHeader",
     "TokenizerFingerprint",
+    "Weights",
     "Zoo",
+    "describe",
+    "describe_remote",
     "inspect_checkpoint",
     "inspect_zoo",
+    "make_whole",
+    "missing_downloads",
+    "open_weights",
+    "read_blocks",
     "read_headers",
-    "read_rows",
 ]

@@ -1,13 +1,17 @@
 """What is known of a checkpoint without loading its weights."""
 
 from composer.value import Value
+from composer.zoo.references import Source
 
 
 class TokenizerFingerprint(Value):
     """Hashes of the parts of a tokenizer, each apart, so that a difference can be named."""
 
     vocabulary: str
+    """Of the tokenizer's own tokens with their ids."""
     merges: str
+    added_tokens: str
+    """Of the tokens added to the vocabulary afterwards."""
     special_tokens: str
     chat_template: str | None
     size: int
@@ -24,13 +28,19 @@ class Lineage(Value):
     """Content hashes of the inputs, in the same order."""
     parameters: dict[str, float | bool | list[float]]
     base: str | None = None
+    dequantised: dict[str, str] = {}
+    """Models in it that had been quantised, with the type they had, e.g. "Q4_K"."""
 
 
-class Checkpoint(Value):
-    """A model on disk, described from its headers and configuration."""
+class Description(Value):
+    """A checkpoint as its headers and configuration describe it."""
 
     id: str
-    path: str
+    source: Source
+    home: str
+    """The directory of its configuration."""
+    tokenizer_home: str
+    """The directory of its tokenizer."""
     architecture: str
     """The transformers class, e.g. "LlamaForCausalLM"."""
     parameters: int
@@ -38,21 +48,41 @@ class Checkpoint(Value):
     dtype: str
     """The storage type most of the parameters have, as safetensors names it, e.g. "BF16"."""
     size_bytes: int
-    """Size of the weight files."""
+    """Size of the weights in their storage types."""
+    files: int
+    """Number of weight files."""
     context_length: int | None
     hidden_size: int | None
+    intermediate_size: int | None
     layers: int | None
+    heads: int | None
+    kv_heads: int | None
     vocabulary_size: int | None
+    tied_head: bool
+    """Whether the output head is the embedding."""
     tokenizer: TokenizerFingerprint
     licence: str | None
-    content_hash: str
-    """sha256 over configuration, tokenizer and weight files; names the checkpoint in every cache."""
     shapes_hash: str
-    """Hash of all tensor names and shapes."""
+    """Hash of all tensor names and shapes, without the number of rows of embedding and output head."""
     settings: dict[str, str]
     """Configuration that must agree between models that are merged (RoPE, norms, activation), as text."""
+    base_hint: str | None = None
+    """What its adapter or model card says it was made from, as it says it."""
+    quantisation: str | None = None
+    """How its weights are quantised, if they are: such weights are served, never compared or merged."""
+    dequantised_from: str | None = None
+    """The quantised type it had before it was dequantised, e.g. "Q4_K"."""
     remote_code: bool = False
     """Whether it brings Python code of its own that the recipe allows to run."""
+
+
+class Checkpoint(Description):
+    """A checkpoint of the zoo."""
+
+    path: str
+    """The Hugging Face directory; for an adapter or a GGUF file, where `make_whole` writes it."""
+    content_hash: str
+    """sha256 over configuration, tokenizer and weight files; names the checkpoint in every cache."""
     lineage: Lineage | None = None
 
     def renamed(self, name: str, lineage: Lineage | None = None) -> "Checkpoint":
@@ -65,8 +95,12 @@ class Zoo(Value):
 
     members: tuple[Checkpoint, ...]
     base: Checkpoint | None = None
+    base_reason: str | None = None
+    """How the base is known, where the recipe does not give it."""
     examples: dict[str, tuple[str, ...]] = {}
     """Example requests by member id."""
+    skipped: dict[str, str] = {}
+    """Models of the recipe that cannot be used, with the reason; only where the recipe says `on_error: skip`."""
 
     def __getitem__(self, name: str) -> Checkpoint:
         return next(member for member in self.members if member.id == name)
@@ -75,3 +109,13 @@ class Zoo(Value):
     def ids(self) -> tuple[str, ...]:
         """The members' ids, in the recipe's order."""
         return tuple(member.id for member in self.members)
+
+    def without(self, broken: dict[str, str]) -> "Zoo":
+        """Return the zoo without some members, which are listed as skipped for the reasons given."""
+        return self.model_copy(
+            update={
+                "members": tuple(member for member in self.members if member.id not in broken),
+                "base": None if self.base is not None and self.base.id in broken else self.base,
+                "skipped": {**self.skipped, **broken},
+            }
+        )

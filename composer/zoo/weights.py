@@ -1,10 +1,14 @@
-"""Safetensors files: headers without weights, and weights in row blocks."""
+"""Weights: tensor headers without weights, and weights a few rows at a time.
+
+Files are read with plain reads, not mapped: what is held is what was asked for, however large the model is.
+"""
 
 import json
+import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from composer.errors import ZooError
 from composer.value import Value
@@ -18,6 +22,11 @@ _BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+_TORCH = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 class TensorHeader(Value):
@@ -25,7 +34,10 @@ class TensorHeader(Value):
 
     file: str
     dtype: str
+    """As safetensors names it, e.g. "BF16"."""
     shape: tuple[int, ...]
+    offset: int = 0
+    """First byte of its data in the file."""
 
     @property
     def elements(self) -> int:
@@ -37,6 +49,85 @@ class TensorHeader(Value):
         """Size in bytes."""
         return self.elements * _BYTES.get(self.dtype, 4)
 
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        """Elements in a row."""
+        return prod(self.shape[1:])
+
+    @property
+    def floating(self) -> bool:
+        """Whether its elements are plain floating-point numbers."""
+        return self.dtype in ("F64", "F32", "F16", "BF16")
+
+
+class Weights(Protocol):
+    """A checkpoint's tensors: what they look like, and any rows of them."""
+
+    headers: dict[str, TensorHeader]
+    """By name, in name order."""
+
+    def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Return rows `start` to `stop` of a tensor, `[stop - start, ...]`, in its storage type.
+
+        Raises:
+            ZooError: if the file cannot be read or decoded, naming file and tensor.
+        """
+        ...
+
+
+class SafetensorsWeights:
+    """The weights of a Hugging Face directory, in one file or many shards."""
+
+    def __init__(self, directory: Path) -> None:
+        self.headers = read_headers(directory)
+
+    def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Return rows `start` to `stop`; see `Weights.read`."""
+        return read_tensor(self.headers[name], name, start, stop)
+
+
+def read_tensor(header: TensorHeader, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
+    """Return rows of one tensor of a safetensors file, `[stop - start, ...]`; by default all."""
+    import torch
+
+    if header.dtype not in _TORCH:
+        raise ZooError(f"{header.file}: tensor {name} has a type nobody here can read, {header.dtype}")
+    rows = (header.rows if stop is None else stop) - start
+    row = header.row_elements * _BYTES[header.dtype]
+    buffer = torch.empty(rows * row, dtype=torch.uint8)
+    descriptor = os.open(header.file, os.O_RDONLY)
+    try:
+        got = _read_into(descriptor, memoryview(buffer.numpy()), header.offset + start * row)  # type: ignore[arg-type]
+    finally:
+        os.close(descriptor)
+    if got != buffer.numel():
+        raise ZooError(f"{header.file}: tensor {name} ends too early; copy the checkpoint again")
+    return buffer.view(getattr(torch, _TORCH[header.dtype])).reshape(rows, *header.shape[1:])
+
+
+def _read_into(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill `view` from a place in a file; return the bytes read, fewer if the file ends."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def read_blocks(weights: Weights, name: str, elements: int) -> Iterator["torch.Tensor"]:
+    """Yield a tensor in blocks of rows, each `[rows, ...]` with about `elements` elements."""
+    header = weights.headers[name]
+    step = max(1, elements // max(1, header.row_elements))
+    for start in range(0, header.rows, step):
+        yield weights.read(name, start, min(start + step, header.rows))
+
 
 def weight_files(directory: Path) -> list[Path]:
     """Return a checkpoint's safetensors files.
@@ -46,10 +137,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ZooError(f"{index}: not a safetensors index; copy the checkpoint again") from None
+        names = index_shards(index)
         for name in names:
             if Path(name).name != name:
                 raise ZooError(f"{index}: shard '{name}' lies outside the checkpoint; refused")
@@ -68,21 +156,53 @@ def weight_files(directory: Path) -> list[Path]:
     raise ZooError(f"{directory}: no weights (*.safetensors) in this directory")
 
 
+def index_shards(index: Path) -> list[str]:
+    """Return the names of the shards that an index lists.
+
+    Raises:
+        ZooError: if it is no safetensors index.
+    """
+    return sorted(set(_index(index).values()))
+
+
+def _index(index: Path) -> dict[str, str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        return {str(key): str(value) for key, value in names.items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ZooError(f"{index}: not a safetensors index; copy the checkpoint again") from None
+
+
 def read_headers(directory: Path) -> dict[str, TensorHeader]:
     """Return all tensors of a checkpoint by name, in name order, without reading any weight.
 
     Raises:
-        ZooError: if a file is truncated or not safetensors.
+        ZooError: if a file is truncated or not safetensors, or index and shards disagree.
     """
     headers: dict[str, TensorHeader] = {}
     for file in weight_files(directory):
-        headers.update(_file_headers(file))
+        for name, header in file_headers(file).items():
+            if name in headers:
+                raise ZooError(f"{file}: tensor {name} is also in {Path(headers[name].file).name}; copy it again")
+            headers[name] = header
     if not headers:
         raise ZooError(f"{directory}: the weight files hold no tensors")
+    index = directory / INDEX
+    if index.is_file():
+        for name, shard in _index(index).items():
+            if name not in headers or Path(headers[name].file).name != shard:
+                raise ZooError(
+                    f"{directory / shard}: tensor {name} is not in it, though {INDEX} says so; copy it again"
+                )
     return dict(sorted(headers.items()))
 
 
-def _file_headers(file: Path) -> dict[str, TensorHeader]:
+def file_headers(file: Path) -> dict[str, TensorHeader]:
+    """Return the tensors of one safetensors file.
+
+    Raises:
+        ZooError: if it is truncated or of another format.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -92,31 +212,24 @@ def _file_headers(file: Path) -> dict[str, TensorHeader]:
             entries = json.loads(stream.read(length))
             entries.pop("__metadata__", None)
             headers = {
-                name: TensorHeader(file=str(file), dtype=entry["dtype"], shape=tuple(entry["shape"]))
+                name: TensorHeader(
+                    file=str(file),
+                    dtype=entry["dtype"],
+                    shape=tuple(entry["shape"]),
+                    offset=8 + length + entry["data_offsets"][0],
+                )
                 for name, entry in entries.items()
             }
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         except (ValueError, KeyError, AttributeError, TypeError, IndexError):
             raise ZooError(f"{file}: not a safetensors file; copy it again") from None
     if size != 8 + length + end:
         raise ZooError(f"{file}: truncated: {8 + length + end} bytes expected, {size} found; copy it again")
+    for name, header in headers.items():
+        if header.dtype in _BYTES and sizes[name] != header.nbytes:
+            raise ZooError(
+                f"{file}: tensor {name} has {sizes[name]} bytes where its shape {list(header.shape)} takes "
+                f"{header.nbytes}; copy it again"
+            )
     return headers
-
-
-def read_rows(headers: dict[str, TensorHeader], name: str, block_elements: int) -> Iterator["torch.Tensor"]:
-    """Yield a tensor in blocks of rows, each `[rows, ...]` with about `block_elements` elements.
-
-    A scalar comes as one block of shape `[1]`.
-    """
-    from safetensors import safe_open
-
-    header = headers[name]
-    with safe_open(header.file, framework="pt") as file:
-        if not header.shape:
-            yield file.get_tensor(name).reshape(1)
-            return
-        rows = header.shape[0]
-        step = max(1, block_elements // max(1, header.elements // max(1, rows)))
-        view = file.get_slice(name)
-        for start in range(0, rows, step):
-            yield view[start : start + step]

@@ -1,0 +1,11 @@
+"""Probes: what models do with a few unlabelled texts, from one forward pass each.
+
+Doors: `record_probes`, which runs a model and keeps a small record; `compare_records`, which compares records, never
+running a model again.
+"""
+
+from composer.probes.behaviour import Behaviour, compare_records
+from composer.probes.record import ProbeRecord, record_probes
+from composer.probes.texts import load_texts
+
+__all__ = ["Behaviour", "ProbeRecord", "compare_records", "load_texts", "record_probes"]

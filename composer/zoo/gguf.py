@@ -1,0 +1,184 @@
+"""GGUF files, dequantised tensor by tensor.
+
+Names and layouts are translated by transformers' own GGUF tables, so what it can load can be read here. What was
+quantised comes out as bfloat16, what was stored in floating point as it was stored.
+"""
+
+import json
+import threading
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.artefacts import Store, digest
+from composer.errors import ZooError
+from composer.zoo.weights import TensorHeader
+
+if TYPE_CHECKING:
+    import torch
+
+_STORAGE = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16"}
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MAGIC = b"GGUF"
+
+
+def describe_gguf(file: Path, store: Store) -> Path:
+    """Return a directory with the configuration and the tokenizer that a GGUF file holds; made once per file.
+
+    Raises:
+        ZooError: if the file is corrupt, or of an architecture that transformers cannot read.
+    """
+    status = file.stat()
+    with file.open("rb") as stream:
+        if stream.read(4) != MAGIC:
+            raise ZooError(f"{file}: not a GGUF file; download it again")
+    directory = store.path("gguf", digest([str(file.resolve()), status.st_size, status.st_mtime_ns]))
+    if directory.is_dir():
+        return directory
+    from transformers import AutoConfig, AutoTokenizer
+
+    reader = _reader(file)
+    _check_sizes(file, reader)
+    with store.new_directory("gguf", directory.name) as new:
+        try:
+            config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+            config.architectures = [_model_class(config).__name__]
+            config.name_or_path = ""
+            config.save_pretrained(new)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+            tokenizer.save_pretrained(new)
+        except Exception as error:  # transformers raises whatever it stumbles over
+            raise ZooError(f"{file}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+        licence = reader.get_field("general.license")
+        if licence is not None:
+            (new / "README.md").write_text(f"---\nlicense: {licence.contents()}\n---\n")
+        (new / "quantisation.json").write_text(json.dumps(_types(reader)))
+    return directory
+
+
+def quantisation(description: Path) -> str | None:
+    """Return the quantised type most weights of a described GGUF file have, e.g. "Q4_K", or None if none has one."""
+    types: dict[str, int] = json.loads((description / "quantisation.json").read_text())
+    quantised = {name: count for name, count in types.items() if name not in _STORAGE}
+    return max(quantised, key=lambda name: quantised[name]) if quantised else None
+
+
+class GgufWeights:
+    """The weights of a GGUF file under transformers' names."""
+
+    def __init__(self, file: Path, description: Path) -> None:
+        """Translate the names of all tensors.
+
+        Raises:
+            ZooError: if a tensor of the model is not in the file.
+        """
+        from transformers import AutoConfig
+
+        self._file = file
+        config = AutoConfig.from_pretrained(str(description), local_files_only=True)
+        processor, names, shapes = _translation(file, config)
+        self._processor, self._names = processor, names
+        tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
+        self._tensors = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+        missing = sorted(set(shapes) - set(self._tensors))
+        if missing:
+            raise ZooError(f"{file}: holds nothing for tensor {missing[0]} of {config.architectures[0]}")
+        self.headers = {
+            name: TensorHeader(
+                file=str(file),
+                dtype=_STORAGE.get(self._tensors[name].tensor_type.name, "BF16"),
+                shape=shapes[name],
+                offset=int(self._tensors[name].data_offset),
+            )
+            for name in sorted(shapes)
+        }
+        self._held = threading.local()
+
+    def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Return rows `start` to `stop`; see `Weights.read`. Each thread holds one whole tensor at a time."""
+        if getattr(self._held, "name", None) != name:
+            self._held.tensor = self._dequantised(name)
+            self._held.name = name
+        rows: torch.Tensor = self._held.tensor[start:stop]
+        return rows
+
+    def _dequantised(self, name: str) -> "torch.Tensor":
+        import numpy as np
+        import torch
+        from gguf import dequantize
+
+        tensor, header = self._tensors[name], self.headers[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+            values = self._processor.process(
+                weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
+            ).weights
+        except Exception as error:
+            raise ZooError(f"{self._file}: tensor {tensor.name} cannot be dequantised: {_first_line(error)}") from error
+        if tuple(values.shape) != header.shape:
+            raise ZooError(
+                f"{self._file}: tensor {tensor.name} has shape {list(values.shape)} where {name} has "
+                f"{list(header.shape)}; the file is corrupt or of another version"
+            )
+        return torch.from_numpy(np.array(values)).to(getattr(torch, _TORCH[header.dtype]))
+
+
+@lru_cache(maxsize=8)
+def _reader_of(path: str, size: int, modified: int) -> Any:
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
+
+
+def _reader(file: Path) -> Any:
+    status = file.stat()
+    try:
+        return _reader_of(str(file), status.st_size, status.st_mtime_ns)
+    except Exception as error:  # a corrupt header can make the reader fail anywhere
+        raise ZooError(f"{file}: not a readable GGUF file ({_first_line(error)}); download it again") from error
+
+
+def _check_sizes(file: Path, reader: Any) -> None:
+    size = file.stat().st_size
+    for tensor in reader.tensors:
+        if tensor.data_offset + tensor.n_bytes > size:
+            raise ZooError(f"{file}: truncated: tensor {tensor.name} ends beyond the file; download it again")
+
+
+def _types(reader: Any) -> dict[str, int]:
+    """Return the number of elements stored in each type."""
+    types: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        types[tensor.tensor_type.name] += int(tensor.n_elements)
+    return dict(types)
+
+
+def _model_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _translation(file: Path, config: Any) -> tuple[Any, dict[str, str], dict[str, tuple[int, ...]]]:
+    """Return the processor of layouts, transformers' names by GGUF names, and the shapes that must be there."""
+    import torch
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        read_field,
+    )
+
+    with torch.device("meta"):
+        model = _model_class(config)(config)
+    architecture = read_field(_reader(file), "general.architecture")[0]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    names = get_gguf_hf_weights_map(model, processor)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return processor, names, shapes
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
