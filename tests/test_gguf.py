@@ -102,7 +102,7 @@ def test_it_is_read_as_transformers_reads_it(tmp_path: Path, store: Store, kind:
         tensor = weights.read(name, 0, header.rows)
         assert torch.equal(tensor, expected[name].to(tensor.dtype))
         distance = (tensor.float() - original[name].float()).norm() / original[name].float().norm()
-        assert distance < {"F16": 0.001, "Q8_0": 0.01, "Q4_1": 0.1}[kind], name
+        assert distance < {"F16": 0.001, "Q8_0": 0.01, "Q4_1": 0.15}[kind], name
 
 
 def test_written_out_it_is_the_same_model(tmp_path: Path, store: Store) -> None:

@@ -62,16 +62,17 @@ def fetch(
             revision or file.
         DiskFullError: if there is no room.
     """
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     options: dict[str, Any] = {"revision": revision, "tqdm_class": _bar(repository, progress)}
     with _hub_errors(repository, revision):
         try:
             names = _names(repository, revision)  # what is listed decides what is fetched
-        except (httpx.TransportError, OfflineModeIsEnabled):  # what was fetched before still serves
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except HfHubHTTPError:
+            raise
+        except _unreachable():  # what was fetched before still serves
+            return _cached(repository, revision, weights)
         wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in DESCRIPTION)]
         if code:
             wanted += [name for name in names if name.endswith(".py") and "/" not in name]
@@ -111,15 +112,16 @@ def missing_bytes(repository: str, revision: str | None = None, *, file: str | N
     Raises:
         ZooError: as `fetch`.
     """
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     with _hub_errors(repository, revision):
         try:
             names = _names(repository, revision)
-        except (httpx.TransportError, OfflineModeIsEnabled):
-            snapshot_download(repository, revision=revision, local_files_only=True)
+        except HfHubHTTPError:
+            raise
+        except _unreachable():
+            _cached(repository, revision, weights=True)
             return 0
         patterns = [name for name in names if any(fnmatch(name, pattern) for pattern in DESCRIPTION)]
         patterns += _weight_names(repository, names, file)
@@ -127,6 +129,21 @@ def missing_bytes(repository: str, revision: str | None = None, *, file: str | N
             repository, revision=revision, allow_patterns=[_literal(name) for name in patterns], dry_run=True
         )
         return sum(int(one.file_size or 0) for one in files if one.will_download)
+
+
+def _cached(repository: str, revision: str | None, weights: bool) -> Path:
+    """Return where a repository was downloaded to before, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # It counts as incomplete since the repository has more files than we ever want.
+        path = getattr(error, "snapshot_path", None)
+        if path is None or (weights and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.gguf")]):
+            raise
+        return Path(path)
 
 
 def _names(repository: str, revision: str | None) -> list[str]:
@@ -190,7 +207,6 @@ def _bar(repository: str, progress: Progress) -> Callable[..., Any]:
 
 @contextmanager
 def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
-    import httpx
     from huggingface_hub import errors
 
     name = f"{repository}@{revision}" if revision else repository
@@ -213,17 +229,30 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
             f"{name}: there is no such directory here, the hub cannot be reached, and its cache does not have it; "
             "check the network (and HF_HUB_OFFLINE), or give a local path"
         ) from None
-    except (errors.OfflineModeIsEnabled, httpx.TransportError, ConnectionError, TimeoutError):
+    except errors.HFValidationError as error:
+        raise ZooError(f"{name}: not a hub id: {_first_line(error)}") from None
+    except errors.HfHubHTTPError as error:
+        raise ZooError(f"{name}: the hub refused: {_first_line(error)}") from error
+    except _unreachable():
         raise ZooError(
             f"{name}: there is no such directory here, and the hub cannot be reached; check the network "
             "(and HF_HUB_OFFLINE), or give a local path"
         ) from None
-    except errors.HFValidationError as error:
-        raise ZooError(f"{name}: not a hub id: {_first_line(error)}") from None
-    except (errors.HfHubHTTPError, OSError) as error:
+    except OSError as error:
         if is_disk_full(error):
             raise DiskFullError(f"{name}: no space left to download it; free some, then run again") from error
-        raise ZooError(f"{name}: the hub refused: {_first_line(error)}") from error
+        raise ZooError(f"{name}: cannot be downloaded: {_first_line(error)}") from error
+
+
+def _unreachable() -> tuple[type[BaseException], ...]:
+    """Return what huggingface_hub raises when there is no answer.
+
+    Its client is a library of changing name; the base of all errors of that library is among its own errors' bases.
+    """
+    from huggingface_hub import errors
+
+    client = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    return (errors.OfflineModeIsEnabled, client, ConnectionError, TimeoutError)
 
 
 def _first_line(error: BaseException) -> str:
