@@ -199,9 +199,9 @@ def _reason(matrix: SimilarityMatrix, members: list[str], threshold: float) -> s
     if measured:
         nearest = max(measured, key=lambda other: matrix.between(name, other) or -1.0)
         value = matrix.between(name, nearest) or 0.0
-        below = "below the" if value < threshold else "but the method keeps it out of that cluster at the"
+        place = "below" if value < threshold else "but the method keeps it out of that cluster at"
         return (
-            f"its nearest neighbour, {nearest}, has {matrix.signal} {value:.4f}, {below} the threshold {threshold:.6g}"
+            f"its nearest neighbour, {nearest}, has {matrix.signal} {value:.4f}, {place} the threshold {threshold:.6g}"
         )
     if comparable:
         why = {matrix.why_undefined(name, other) or "nothing was measured" for other in comparable}

@@ -142,9 +142,7 @@ class _Run:
             )
         except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ZooError(
-                f"model '{self.checkpoint.id}': transformers cannot load it to probe it: {reason}"
-            ) from error
+            raise ZooError(f"model '{self.checkpoint.id}': transformers cannot load it: {reason}") from error
         self.model.to(self.device).eval()
         self.attention = AttentionSummary.of(self.model, DEPTHS)
         if self.attention is None:

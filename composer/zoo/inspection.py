@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,18 @@ def describe(
         ZooError: if the model is missing, in an unknown format, truncated, needs remote code that is not allowed,
             or lacks a configuration or tokenizer.
     """
+    with _naming(name):
+        return _describe(name, model, store, trust_remote_code, progress)
+
+
+def _describe(
+    name: str, model: ModelReference | Path, store: Store, trust_remote_code: bool, progress: Progress
+) -> Description:
     reference = ModelReference(model=str(model)) if isinstance(model, Path) else model
-    source = locate(name, reference, code=trust_remote_code, progress=progress)
+    source = locate(reference, code=trust_remote_code, progress=progress)
     path = Path(source.path)
     home = gguf.describe_gguf(path, store) if source.kind == "gguf" else path
-    config = _config(name, home)
+    config = _config(home)
     weights = open_weights(source, home)
     files = {header.file for header in weights.headers.values()}
     return _described(name, source, home, config, weights.headers, len(files), trust_remote_code)
@@ -156,14 +164,24 @@ def describe_remote(name: str, reference: ModelReference) -> Description:
     Raises:
         ZooError: as `describe`.
     """
-    if reference.repository is None:
-        raise ZooError(f"model '{name}': {reference} is not on the hub")
-    repository, revision = reference.repository
-    home = hub.fetch(repository, revision, weights=False)
-    headers = hub.remote_headers(repository, revision)
-    source = Source(kind="directory", path=str(home))
-    files = {header.file for header in headers.values()}
-    return _described(name, source, home, _config(name, home), headers, len(files), allow_code=False)
+    with _naming(name):
+        if reference.repository is None:
+            raise ZooError(f"{reference} is not on the hub")
+        repository, revision = reference.repository
+        home = hub.fetch(repository, revision, weights=False)
+        headers = hub.remote_headers(repository, revision)
+        source = Source(kind="directory", path=str(home))
+        files = {header.file for header in headers.values()}
+        return _described(name, source, home, _config(home), headers, len(files), allow_code=False)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put a model's name before what is wrong with it."""
+    try:
+        yield
+    except ZooError as error:
+        raise ZooError(f"model '{name}': {error}") from error.__cause__
 
 
 def open_weights(source: Source, home: Path) -> Weights:
@@ -186,7 +204,7 @@ def _described(
     files: int,
     allow_code: bool,
 ) -> Description:
-    remote_code = _needs_remote_code(name, home, config, allow_code)
+    remote_code = _needs_remote_code(home, config, allow_code)
     storage: Counter[str] = Counter()
     for header in headers.values():
         storage[header.dtype] += header.elements
@@ -199,7 +217,7 @@ def _described(
         source=source,
         home=str(home),
         tokenizer_home=str(tokenizer_home),
-        architecture=_architecture(name, home, config),
+        architecture=_architecture(home, config),
         parameters=sum(storage.values()),
         dtype=storage.most_common(1)[0][0],
         size_bytes=sum(header.nbytes for header in headers.values()),
@@ -226,24 +244,24 @@ def _described(
     )
 
 
-def _config(name: str, path: Path) -> dict[str, Any]:
+def _config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         weight_files(path)  # a directory with nothing in it is better described by what it lacks most
-        raise ZooError(f"model '{name}': {path} has no config.json; is it a Hugging Face checkpoint?")
+        raise ZooError(f"{path} has no config.json; is it a Hugging Face checkpoint?")
     try:
         config = json.loads(file.read_text())
     except ValueError:
-        raise ZooError(f"model '{name}': {file} is not valid JSON; copy it again") from None
+        raise ZooError(f"{file} is not valid JSON; copy it again") from None
     if not isinstance(config, dict):
-        raise ZooError(f"model '{name}': {file} is not a JSON object; copy it again")
+        raise ZooError(f"{file} is not a JSON object; copy it again")
     return config
 
 
-def _architecture(name: str, path: Path, config: dict[str, Any]) -> str:
+def _architecture(path: Path, config: dict[str, Any]) -> str:
     architectures = config.get("architectures") or []
     if not architectures:
-        raise ZooError(f"model '{name}': {path / 'config.json'} names no architecture ('architectures' is empty)")
+        raise ZooError(f"{path / 'config.json'} names no architecture ('architectures' is empty)")
     return str(architectures[0])
 
 
@@ -280,7 +298,7 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _needs_remote_code(name: str, path: Path, config: dict[str, Any], allowed: bool) -> bool:
+def _needs_remote_code(path: Path, config: dict[str, Any], allowed: bool) -> bool:
     if "auto_map" not in config:
         return False
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -288,7 +306,7 @@ def _needs_remote_code(name: str, path: Path, config: dict[str, Any], allowed: b
     needed = config.get("model_type") not in CONFIG_MAPPING_NAMES
     if needed and not allowed:
         raise ZooError(
-            f"model '{name}': {path} needs Python code of its own (auto_map in config.json); refused. "
+            f"{path} needs Python code of its own (auto_map in config.json); refused. "
             "If you have read that code, set zoo.trust_remote_code: true"
         )
     return needed

@@ -58,13 +58,12 @@ def absolute(text: str, folder: Path) -> str:
     return text if hub.is_hub_id(text) and not path.exists() else str(path)
 
 
-def locate(name: str, reference: ModelReference, *, code: bool = False, progress: Progress = silent) -> Source:
+def locate(reference: ModelReference, *, code: bool = False, progress: Progress = silent) -> Source:
     """Find the files of a model, downloading them if they are on the hub.
 
     A directory that holds only an adapter stands for its base with the adapter folded in.
 
     Args:
-        name: The model's id, for errors.
         reference: What is to be found.
         code: Whether the recipe allows the model to bring Python code of its own.
         progress: Told of downloads.
@@ -72,17 +71,17 @@ def locate(name: str, reference: ModelReference, *, code: bool = False, progress
     Raises:
         ZooError: if there is no such model.
     """
-    path = _local(name, reference.model, reference.revision, reference.file, code, progress)
+    path = _local(reference.model, reference.revision, reference.file, code, progress)
     adapter = None
     if reference.adapter is not None:
-        adapter = str(_local(name, reference.adapter, None, None, False, progress))
+        adapter = str(_local(reference.adapter, None, None, False, progress))
     elif path.is_dir() and (path / adapters.CONFIG).is_file() and not (path / "config.json").is_file():
-        adapter, path = str(path), _base_of(name, path, progress)
+        adapter, path = str(path), _base_of(path, progress)
     if path.is_dir():
-        path = _gguf_in(name, path, reference.file) or path
+        path = _gguf_in(path, reference.file) or path
     kind: Literal["directory", "gguf"] = "gguf" if path.is_file() else "directory"
     if kind == "gguf" and path.suffix != ".gguf":
-        raise ZooError(f"model '{name}': {path} is a file of a kind nobody here knows; give a directory or a GGUF file")
+        raise ZooError(f"{path} is a file of a kind nobody here knows; give a directory or a GGUF file")
     return Source(kind=kind, path=str(path), adapter=adapter)
 
 
@@ -112,41 +111,38 @@ def _repository(text: str, revision: str | None) -> tuple[str, str | None] | Non
     return identifier, revision or said or None
 
 
-def _local(name: str, text: str, revision: str | None, file: str | None, code: bool, progress: Progress) -> Path:
+def _local(text: str, revision: str | None, file: str | None, code: bool, progress: Progress) -> Path:
     found = _repository(text, revision)
     if found:
-        try:
-            return hub.fetch(*found, file=file, code=code, progress=progress)
-        except ZooError as error:
-            raise ZooError(f"model '{name}': {error}") from None
+        return hub.fetch(*found, file=file, code=code, progress=progress)
     path = Path(text)
     if not path.exists():
-        raise ZooError(f"model '{name}': {path} does not exist; give a local directory, a GGUF file or a hub id")
+        raise ZooError(f"{path} does not exist; give a local directory, a GGUF file or a hub id")
     return path.resolve()
 
 
-def _gguf_in(name: str, directory: Path, file: str | None) -> Path | None:
+def _gguf_in(directory: Path, file: str | None) -> Path | None:
     """Return the GGUF file that a directory stands for, or None if it stands for itself."""
     files = sorted(directory.glob("*.gguf"))
     if file is not None:
         if not (directory / file).is_file():
             known = ", ".join(one.name for one in files) or "none"
-            raise ZooError(f"model '{name}': {directory} has no file '{file}' (its GGUF files: {known})")
+            raise ZooError(f"{directory} has no file '{file}' (its GGUF files: {known})")
         return directory / file
     if not files or any(directory.glob("*.safetensors")):
         return None
     if len(files) > 1:
         names = ", ".join(one.name for one in files)
-        raise ZooError(f"model '{name}': {directory} holds several GGUF files; name one with file: ({names})")
+        raise ZooError(f"{directory} holds several GGUF files; name one with file: ({names})")
     return files[0]
 
 
-def _base_of(name: str, adapter: Path, progress: Progress) -> Path:
+def _base_of(adapter: Path, progress: Progress) -> Path:
     said = adapters.adapter_config(adapter).get("base_model_name_or_path")
     if not said:
-        raise ZooError(f"model '{name}': {adapter} is an adapter that does not say its base; give model and adapter")
+        raise ZooError(f"{adapter} is an adapter that does not say its base; give model and adapter")
     try:
-        return _local(name, absolute(str(said), adapter), None, None, False, progress)
+        return _local(absolute(str(said), adapter), None, None, False, progress)
     except ZooError as error:
         raise ZooError(
             f"{error} (it is the base that the adapter {adapter} names; or give model and adapter)"
