@@ -4,7 +4,7 @@ Door: `make_plan`.
 """
 
 from composer.clustering import Cluster
-from composer.errors import RecipeError
+from composer.errors import MergeError, RecipeError
 from composer.merging.plan import MergePlan, MergeStep
 from composer.merging.strategies import STRATEGIES
 from composer.recipe import Recipe
@@ -70,10 +70,11 @@ def make_plan(
         held_out_items: Items in the held-out split, over all tasks.
 
     Raises:
-        MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters.
+        MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters or of a skipped model.
         RecipeError: if there will be several experts and no prompt could find one of them.
     """
     _check_examples(zoo, clusters)
+    _check_skipped(recipe, zoo)
     steps = tuple(
         MergeStep(name=one.name, operator=one.operator, inputs=tuple(one.models), parameters=one.parameters)
         for one in recipe.merge.merges
@@ -100,6 +101,16 @@ def _check_examples(zoo: Zoo, clusters: tuple[Cluster, ...]) -> None:
             )
 
 
+def _check_skipped(recipe: Recipe, zoo: Zoo) -> None:
+    for merge in recipe.merge.merges:
+        for name in merge.models:
+            if name in zoo.skipped:
+                raise MergeError(
+                    f"merge '{merge.name}' uses '{name}', which was skipped ({zoo.skipped[name]}); "
+                    "mend the model, or take it out of the merge"
+                )
+
+
 def _cost(
     zoo: Zoo,
     clusters: tuple[Cluster, ...],
@@ -112,6 +123,7 @@ def _cost(
     representatives = [zoo[cluster.representative] for cluster in clusters]
     engines = len(representatives)
     disk = sum(plan.merges * zoo[plan.members[0]].size_bytes for plan in plans)
+    disk += sum(one.size_bytes for one in zoo.members if not one.source.whole)  # folded in or dequantised
     seconds = FIXED_SECONDS + engines * ENGINE_START
     for plan in plans:
         size = sum(zoo[name].size_bytes for name in plan.members)

@@ -18,10 +18,10 @@ from composer.errors import RecipeError
 from composer.evaluation.settings import EvaluateSection
 from composer.merging.settings import MergeSection
 from composer.mixture.settings import MixtureSection
+from composer.probes import ProbesSection
 from composer.registry import nearest
 from composer.serving.settings import ServeSection
 from composer.settings import Identifier, Section
-from composer.similarity import ProbesSection
 from composer.zoo.references import absolute
 from composer.zoo.settings import ZooSection
 

@@ -21,7 +21,19 @@ def test_the_stages_follow_each_other() -> None:
     from graphs.compose import graph
 
     edges = {(edge.source, edge.target) for edge in graph.get_graph().edges}
-    order = ["inspect", "compare", "cluster", "plan", "approve", "merge", "mix", "serve", "evaluate", "report"]
+    order = [
+        "inspect",
+        "compare",
+        "cluster",
+        "plan",
+        "approve",
+        "prepare",
+        "merge",
+        "mix",
+        "serve",
+        "evaluate",
+        "report",
+    ]
     assert {("__start__", "inspect"), ("report", "__end__")} <= edges
     assert set(itertools.pairwise(order)) <= edges
     assert len(edges) == len(order) + 1

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer.artefacts import Store
 from composer.errors import RecipeError, ZooError
-from composer.probes import Behaviour, compare_records, load_texts, record_probes
+from composer.probes import Behaviour, ProbesSection, compare_records, load_texts, record_probes
 from composer.probes.attention import QUERIES
 from composer.probes.record import DEPTHS
 from composer.probes.texts import DEFAULT
-from composer.similarity import ProbesSection, SignalSection, compare
+from composer.similarity import SignalSection, compare
 from composer.zoo import Checkpoint, Zoo, inspect_checkpoint
 from tests.checkpoints import add_tokens, write_checkpoint
 from tests.conftest import MODELS

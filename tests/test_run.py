@@ -12,8 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from tests.checkpoints import write_checkpoint
 from tests.conftest import MODELS, QUICKSTART, ROOT, Cli, children, survivors, take_signals
+from tests.test_adapters import KINDS, make_adapter
+from tests.test_gguf import write_gguf
 
 RECIPE = f"""\
 name: small
@@ -69,6 +73,42 @@ def wait_for(tmp_path: Path, stage: str, event: str, process: "subprocess.Popen[
 
 
 @pytest.mark.slow
+def test_a_run_takes_adapters_and_gguf_files_and_lists_what_it_skipped(tmp_path: Path, cli: Cli) -> None:
+    make_adapter(tmp_path / "adapter", **KINDS["plain"])
+    write_gguf(tmp_path / "web.gguf", source=MODELS / "stories-web")
+    (tmp_path / "broken").mkdir()
+    not_finite = load_file(MODELS / "stories-law" / "model.safetensors")
+    not_finite["model.norm.weight"][5] = float("nan")
+    write_checkpoint(tmp_path / "nan", not_finite)
+    recipe = tmp_path / "kinds.yaml"
+    recipe.write_text(
+        RECIPE.replace("name: small", "name: kinds")
+        .replace("zoo:\n", "zoo:\n  on_error: skip\n")
+        .replace(f"model: {MODELS}/stories-science", f"model: {MODELS}/stories, adapter: adapter")
+        .replace(f"model: {MODELS}/stories-web", "model: web.gguf")
+        .replace("merge:", "    - {id: broken, model: broken}\n    - {id: not-finite, model: nan}\nmerge:")
+    )
+    planned = cli("plan", str(recipe))
+    assert planned.returncode == 0, planned.stderr
+    result = cli("run", str(recipe), "--yes", "--json")
+    assert result.returncode == 0, result.stderr
+    path = Path(json.loads(result.stdout)["run"])
+    report = json.loads((path / "report.json").read_text())
+    assert [one["id"] for one in report["zoo"]["members"]] == ["math", "science", "web"]
+    assert "no weights" in report["zoo"]["skipped"]["broken"]
+    assert "model.norm.weight holds NaN" in report["zoo"]["skipped"]["not-finite"]
+    assert report["zoo"]["base"]["path"] == str(MODELS / "stories"), "what the adapter is for"
+    assert set(report["outcomes"][0]["merged"]) == {"math", "science", "web"}
+    assert report["outcomes"][0]["result"]["lineage"]["dequantised"] == {"web": "Q8_0"}
+    page = (path / "report.html").read_text()
+    for text in ("dequantised from Q8_0", "adapter folded in", "Skipped: <b>not-finite</b>", "Skipped: <b>broken</b>"):
+        assert text in page
+    assert "web (from Q8_0)" in (path / "composite" / "README.md").read_text()
+    finished = {one["stage"] for one in events(tmp_path) if one["event"] == "finished"}
+    assert "prepare" in finished
+
+
+@pytest.mark.slow
 def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: Path, cli: Cli) -> None:
     first = start(tmp_path, "run", str(recipe), "--yes")
     wait_for(tmp_path, "merge", "started", first)
@@ -96,6 +136,7 @@ def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: P
         "cluster",
         "plan",
         "approve",
+        "prepare",
         "merge",
         "mix",
         "serve",

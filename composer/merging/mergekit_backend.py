@@ -51,7 +51,7 @@ def make_merge(
         input_hashes=tuple(checkpoint.content_hash for checkpoint in inputs),
         parameters=parameters,
         base=base.content_hash if base is not None and operator.needs_base else None,
-        dequantised=_dequantised(inputs),
+        dequantised={name: kind for one in inputs for name, kind in one.dequantised.items()},
     )
     key = digest([lineage.model_dump(exclude={"inputs", "dequantised"}), out_dtype, seed, _version()])
     path = store.path("merged", key)
@@ -134,17 +134,6 @@ def _plain_paths(checkpoints: list[Checkpoint]) -> Iterator[dict[str, str]]:
 
 def _vocabularies_differ(checkpoints: list[Checkpoint]) -> bool:
     return len({(one.tokenizer.vocabulary, one.tokenizer.added_tokens, one.vocabulary_size) for one in checkpoints}) > 1
-
-
-def _dequantised(inputs: list[Checkpoint]) -> dict[str, str]:
-    """Return which models had been quantised before, those inside earlier merges included."""
-    found: dict[str, str] = {}
-    for checkpoint in inputs:
-        if checkpoint.dequantised_from:
-            found[checkpoint.id] = checkpoint.dequantised_from
-        if checkpoint.lineage:
-            found |= checkpoint.lineage.dequantised
-    return found
 
 
 def _remote_code(inputs: list[Checkpoint]) -> bool:

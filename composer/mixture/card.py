@@ -27,6 +27,12 @@ def model_card(composite: Composite) -> str:
             f"| {expert.id} | {', '.join(expert.members)} | {lineage.operator if lineage else 'none'} "
             f"| {expert.checkpoint.parameters:,} | {expert.checkpoint.licence or 'not stated'} |"
         )
+    dequantised: dict[str, str] = {}
+    for expert in composite.experts:
+        dequantised |= expert.checkpoint.dequantised
+    if dequantised:
+        named = ", ".join(f"{name} (from {kind})" for name, kind in sorted(dequantised.items()))
+        lines += ["", f"Made from models that had been quantised, and lost precision then: {named}."]
     lines += [
         "",
         f"Licences of the experts: {', '.join(licences)}. The licences of their sources apply to merges.",

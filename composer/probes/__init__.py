@@ -6,6 +6,7 @@ running a model again.
 
 from composer.probes.behaviour import Behaviour, compare_records
 from composer.probes.record import ProbeRecord, record_probes
+from composer.probes.settings import ProbesSection
 from composer.probes.texts import load_texts
 
-__all__ = ["Behaviour", "ProbeRecord", "compare_records", "load_texts", "record_probes"]
+__all__ = ["Behaviour", "ProbeRecord", "ProbesSection", "compare_records", "load_texts", "record_probes"]

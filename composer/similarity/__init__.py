@@ -5,6 +5,6 @@ Door: `compare`.
 
 from composer.similarity.compare import compare
 from composer.similarity.matrix import SimilarityMatrix
-from composer.similarity.settings import ProbesSection, SignalSection
+from composer.similarity.settings import SignalSection
 
-__all__ = ["ProbesSection", "SignalSection", "SimilarityMatrix", "compare"]
+__all__ = ["SignalSection", "SimilarityMatrix", "compare"]

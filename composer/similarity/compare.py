@@ -5,12 +5,13 @@ from itertools import combinations
 
 from composer.artefacts import Store
 from composer.errors import ZooError
+from composer.probes import ProbesSection, compare_records, load_texts, record_probes
 from composer.progress import Progress, Step, silent
 from composer.similarity.bases import FEWEST_TO_INFER, infer_base
 from composer.similarity.gate import comparable, difference, note
 from composer.similarity.matrix import SimilarityMatrix
 from composer.similarity.moments import Moments, MomentsCache
-from composer.similarity.settings import ProbesSection, SignalSection
+from composer.similarity.settings import SignalSection
 from composer.similarity.streamed import measure
 from composer.zoo import Checkpoint, Zoo, make_whole
 
@@ -187,8 +188,6 @@ def _compare_behaviour(
     found: _Findings,
     progress: Progress,
 ) -> None:
-    from composer.probes import compare_records, load_texts, record_probes
-
     texts = load_texts(probes.texts, probes.limit, probes.characters)
     records = {}
     for index, member in enumerate(zoo.members):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from composer.settings import PathText, Section
+from composer.settings import Section
 from composer.zoo.kinds import ModuleKind
 
 SignalName = Literal["weights", "deltas", "logits", "hidden"]
@@ -32,14 +32,3 @@ class SignalSection(Section):
     def functional(self) -> bool:
         """Whether it needs probes: a forward pass of each model."""
         return self.signal in ("logits", "hidden")
-
-
-class ProbesSection(Section):
-    """The unlabelled texts that models are run on to compare what they do."""
-
-    texts: PathText = "default"
-    """"default" for the texts that come with the program, or a file: one text a line, or JSON lines with "text"."""
-    limit: int = Field(default=64, ge=1)
-    """At most this many texts."""
-    characters: int = Field(default=512, ge=32, le=65536)
-    """At most this many characters of each text."""

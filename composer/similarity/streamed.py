@@ -120,8 +120,7 @@ class _Sums:
     dots: "torch.Tensor"
     first_squares: "torch.Tensor"
     second_squares: "torch.Tensor"
-    sign_dots: "torch.Tensor"
-    """Elements of one sign less elements of opposite signs."""
+    opposite_signs: "torch.Tensor"
     both_nonzero: "torch.Tensor"
 
     @classmethod
@@ -130,8 +129,8 @@ class _Sums:
 
         return cls(*(torch.zeros(fresh, models, dtype=torch.float64) for _ in range(5)))
 
-    def add(self, block: "torch.Tensor", elements: int, mask: "_Mask | None" = None) -> None:
-        """Add a block, `[models, elements, padded with zeros to whole runs]`; its contents are used up."""
+    def add(self, block: "torch.Tensor", mask: "_Mask | None" = None) -> None:
+        """Add a block, `[models, elements, padded with zeros to whole runs]`."""
         import torch
 
         fresh, models = self.dots.shape
@@ -148,16 +147,34 @@ class _Sums:
             own = mask.row_squares(block)
             self.first_squares += own[:fresh] @ mask.present.T
             self.second_squares += mask.present[:fresh] @ own.T
-        signs = block.sign_()
-        sign_dots = _gram(signs, fresh)
-        self.sign_dots += sign_dots
-        nonzero = sign_dots.diagonal() if fresh == models else _squares(signs)
-        zeros = elements - nonzero
-        if mask is None and int((zeros > 0).sum()) <= 1:  # no element is zero in two models
-            self.both_nonzero += elements - zeros[:fresh, None] - zeros
-            self.both_nonzero[range(fresh), range(fresh)] += zeros[:fresh]
-        else:
-            self.both_nonzero += _gram(signs.abs_(), fresh)
+        opposite, both = _sign_counts(block, fresh)
+        self.opposite_signs += opposite
+        self.both_nonzero += both
+
+
+def _sign_counts(block: "torch.Tensor", fresh: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return, `[fresh, models]`, how many elements have opposite signs, and how many are zero in neither.
+
+    One bit an element, so that a pair costs an exclusive or and a count of bits.
+    """
+    import numpy as np
+    import torch
+
+    values = block.numpy()
+    negative, nonzero = (np.packbits(bits, axis=1).view(np.uint64) for bits in (values < 0, values != 0))
+    opposite = np.empty((fresh, len(values)))
+    both = np.empty_like(opposite)
+    alike = bool((nonzero == nonzero[0]).all())  # as where nothing is zero: then there is one count for all pairs
+    for place in range(fresh):
+        differing = negative[place] ^ negative
+        if not alike:
+            shared = nonzero[place] & nonzero
+            both[place] = np.bitwise_count(shared).sum(axis=1, dtype=np.int64)
+            differing &= shared
+        opposite[place] = np.bitwise_count(differing).sum(axis=1, dtype=np.int64)
+    if alike:
+        both[:] = np.bitwise_count(nonzero[0]).sum(dtype=np.int64)
+    return torch.from_numpy(opposite), torch.from_numpy(both)
 
 
 @dataclass
@@ -186,11 +203,12 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     import torch
 
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(threads, MOST_WORKERS), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        torch.set_num_threads(1)
-        with ThreadPoolExecutor(min(threads, MOST_WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what has not begun never does
         torch.set_num_threads(threads)
 
 
@@ -303,9 +321,9 @@ class _Reader:
                 columns.add(block[:, :length].view(count, -1, width))
             if delta_columns is not None and centred is not None:
                 delta_columns.add(centred[:, :length].view(count, -1, width))
-            sums.add(block, length, mask)
+            sums.add(block, mask)
             if deltas is not None and centred is not None:
-                deltas.add(centred, length, mask)
+                deltas.add(centred, mask)
         if deltas is not None:
             self.delta_sums[name] = deltas
         if columns is not None:
@@ -402,26 +420,31 @@ class _Columns:
     def __init__(self, fresh: int, models: int, width: int) -> None:
         import torch
 
-        self.dots = torch.zeros(width, fresh, models, dtype=torch.float64)
-        self.squares = torch.zeros(width, models, dtype=torch.float64)
+        self.dots = torch.zeros(fresh, models, width, dtype=torch.float64)
+        self.squares = torch.zeros(models, width, dtype=torch.float64)
 
     def add(self, rows: "torch.Tensor") -> None:
         """Add rows of all models, `[models, rows, columns]`."""
         import torch
 
-        fresh = self.dots.shape[1]
+        fresh = len(self.dots)
         for start in range(0, rows.shape[1], RUN):
-            part = rows[:, start : start + RUN].permute(2, 0, 1)
-            self.dots += torch.bmm(part[:, :fresh], part.transpose(1, 2))
-            self.squares += part.square().sum(dim=2)
+            part = rows[:, start : start + RUN]
+            self.squares += part.square().sum(dim=1)
+            products = torch.empty_like(part)
+            for place in range(fresh):  # pairs of fresh models once, each with all others
+                torch.mul(part[place:], part[place], out=products[place:])
+                sums = products[place:].sum(dim=1)
+                self.dots[place, place:] += sums
+                self.dots[place + 1 :, place] += sums[1 : fresh - place]
 
     def cosines(self) -> "torch.Tensor":
         """Return the mean over columns, `[fresh, models]`; columns that are zero in one of the two do not count."""
         norms = self.squares.sqrt()
-        scale = norms[:, : self.dots.shape[1], None] * norms[:, None, :]
+        scale = norms[: len(self.dots), None] * norms
         counted = scale > 0
         cosines = (self.dots / scale.where(counted, scale.new_ones(()))).clamp(-1, 1) * counted
-        return cosines.sum(dim=0) / counted.sum(dim=0)  # nan where no column counts
+        return cosines.sum(dim=2) / counted.sum(dim=2)  # nan where no column counts
 
 
 class _Table:
@@ -436,7 +459,7 @@ class _Table:
         self.names = tuple(sums)
         self.dots, self.first, self.second = map(stacked, ("dots", "first_squares", "second_squares"))
         self.both = stacked("both_nonzero").long()
-        self.same = (self.both + stacked("sign_dots").long()) // 2
+        self.same = self.both - stacked("opposite_signs").long()
         self.columns = columns
 
     def pair(self, i: int, j: int) -> Moments:

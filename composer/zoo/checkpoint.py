@@ -85,6 +85,12 @@ class Checkpoint(Description):
     """sha256 over configuration, tokenizer and weight files; names the checkpoint in every cache."""
     lineage: Lineage | None = None
 
+    @property
+    def dequantised(self) -> dict[str, str]:
+        """The models in it that had been quantised, itself or inputs of merges, with the type each had."""
+        own = {self.id: self.dequantised_from} if self.dequantised_from else {}
+        return {**own, **(self.lineage.dequantised if self.lineage else {})}
+
     def renamed(self, name: str, lineage: Lineage | None = None) -> "Checkpoint":
         """Return the same checkpoint under another id, with its lineage if it has one."""
         return self.model_copy(update={"id": name, "lineage": lineage or self.lineage})
