@@ -28,7 +28,8 @@ class Cluster(Value):
     id: str
     members: tuple[str, ...]
     representative: str
-    """The base, if it is known and of the cluster's shape; else the medoid: the member most similar to all others."""
+    """The zoo's base, member or not, if it could be merged with the members; else the medoid: the member most similar
+    to all others."""
     reason: str
     """Why these belong together, or why this one stands alone, in one sentence."""
     notes: tuple[str, ...] = ()
@@ -71,7 +72,7 @@ class Join(Value):
     similarity: float
 
 
-def cluster(matrix: SimilarityMatrix, section: ClusterSection, base: str | None = None) -> tuple[Cluster, ...]:
+def cluster(matrix: SimilarityMatrix, section: ClusterSection) -> tuple[Cluster, ...]:
     """Put every model into exactly one cluster.
 
     Two models that may not be merged (architecture, shapes, tokenizer, settings) are never in one cluster.
@@ -79,7 +80,6 @@ def cluster(matrix: SimilarityMatrix, section: ClusterSection, base: str | None 
     Args:
         matrix: From `compare`.
         section: Method and threshold.
-        base: Id of the zoo's base, if it has one; it represents the cluster it is a member of.
     """
     if section.method == "leader":
         groups = _leaders(matrix, section.threshold)
@@ -90,7 +90,7 @@ def cluster(matrix: SimilarityMatrix, section: ClusterSection, base: str | None 
         Cluster(
             id=f"cluster-{number}",
             members=tuple(members),
-            representative=base if base in members else _medoid(matrix, members),
+            representative=matrix.bases.get(members[0]) or _medoid(matrix, members),
             reason=_reason(matrix, members, section.threshold),
             notes=_notes(matrix, members),
         )

@@ -66,6 +66,11 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says is wrong, or the error's name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error says that the disk is full.
 

@@ -120,8 +120,8 @@ def _cost(
     held_out: int,
 ) -> Cost:
     largest = max(zoo.members, key=lambda member: member.parameters)
-    representatives = [zoo[cluster.representative] for cluster in clusters]
-    engines = len(representatives)
+    served = [zoo[cluster.members[0]] for cluster in clusters]
+    engines = len(served)
     disk = sum(plan.merges * zoo[plan.members[0]].size_bytes for plan in plans)
     disk += sum(one.size_bytes for one in zoo.members if not one.source.whole)  # folded in or dequantised
     seconds = FIXED_SECONDS + engines * ENGINE_START
@@ -131,9 +131,7 @@ def _cost(
         seconds += plan.evaluations * _score_seconds(zoo[plan.members[0]], proxy)
     seconds += sum(_score_seconds(member, held_out) for member in zoo.members)
     seconds += _score_seconds(largest, held_out)  # the composite
-    serving = PROCESS_GB + sum(
-        ENGINE_GB + 4e-9 * one.parameters + recipe.serve.kv_cache_mb / 1024 for one in representatives
-    )
+    serving = PROCESS_GB + sum(ENGINE_GB + 4e-9 * one.parameters + recipe.serve.kv_cache_mb / 1024 for one in served)
     logits = 8e-9 * recipe.evaluate.batch_size * BATCH_TOKENS * max(m.vocabulary_size or 0 for m in zoo.members)
     merging = PROCESS_GB + 3 * 4e-9 * largest.parameters + logits
     return Cost(

@@ -79,9 +79,7 @@ def cluster_models(state: ComposeState, runtime: Runtime[ComposeContext]) -> dic
     session = runtime.context.session
     with stage("cluster", runtime):
         matrix = SimilarityMatrix.load(state["similarity"])
-        base = Zoo.load(state["zoo"]).base
-        found = cluster(matrix, session.run.recipe.cluster, base.id if base else None)
-        clusters = Clusters(clusters=found)
+        clusters = Clusters(clusters=cluster(matrix, session.run.recipe.cluster))
         return {"clusters": _save(session, "clusters.json", clusters)}
 
 

@@ -109,11 +109,14 @@ def test_a_loner_is_told_why() -> None:
     assert cluster(undefined, ClusterSection())[0].reason == "there is no weight cosine: a is the base"
 
 
-def test_the_base_represents_its_cluster() -> None:
+def test_the_base_represents_its_cluster(quick: dict[str, Checkpoint], shared_store: Store) -> None:
     matrix = matrix_of([[], [0.99], [0.98, 0.97]])
-    assert cluster(matrix, ClusterSection())[0].representative == "a"
-    assert cluster(matrix, ClusterSection(), base="c")[0].representative == "c"
-    assert cluster(matrix, ClusterSection(), base="elsewhere")[0].representative == "a"
+    assert cluster(matrix, ClusterSection())[0].representative == "a", "the medoid"
+    members = tuple(quick[name] for name in ("stories-math", "stories-web", "script-code"))
+    zoo = Zoo(members=members, base=quick["stories"].renamed("base"))
+    family, other = cluster(compare(zoo, shared_store), ClusterSection())
+    assert family.representative == "base", "a member or not"
+    assert other.representative == "script-code"
 
 
 def test_the_quickstart_zoo_has_two_families(quick: dict[str, Checkpoint], shared_store: Store) -> None:
@@ -160,13 +163,16 @@ def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Checkpoint], d
             )
         if family == 1:
             add_tokens(paths["f1-3"], "<extra>")
-    for number in range(4):  # of the shape of families 0 and 1, but unrelated to them
+    for number in range(3):  # of the shape of families 0 and 1, but unrelated to them
         paths[f"stranger-{number}"] = write(f"stranger-{number}", drawn(64))
     for number in range(3):  # a family's weights with other settings
         base = {n: t.float() for n, t in load_file(paths["f0-0"] / "model.safetensors").items()}
         paths[f"turned-{number}"] = write(f"turned-{number}", base, rope_theta=5e4 * (number + 1), rope_parameters=None)
     for number, name in enumerate(("script-code", "script-play")):
         paths[f"script-{number}"], home[f"script-{number}"] = MODELS / name, "script"
+    odd = drawn(64)
+    odd["model.layers.1.mlp.up_proj.weight"] = odd["model.layers.1.mlp.up_proj.weight"][:100].contiguous()
+    paths["odd"] = write("odd", odd)
     paths["narrow"] = write("narrow", drawn(48), hidden_size=48)
     order = sorted(paths, key=lambda name: (name[-1], name))
     assert len(order) == 40
@@ -190,6 +196,7 @@ def test_forty_models_end_where_they_belong(forty: tuple[list[Checkpoint], dict[
     assert "below the threshold 0.9" in by_member["stranger-0"].reason
     assert "another rope" in by_member["turned-1"].reason
     assert "another hidden size (48, 64)" in by_member["narrow"].reason
+    assert "tensor model.layers.1.mlp.up_proj.weight has other shapes ([100, 64], [172, 64])" in by_member["odd"].reason
     assert suggest(matrix, ClusterSection()).clusters == len(expected)
 
 

@@ -37,7 +37,7 @@ def command(recipe: Path, overrides: tuple[str, ...], suggesting: bool, html: Pa
     suggestion = suggest(matrix, section)
     if suggesting and suggestion.threshold is not None:
         section = section.model_copy(update={"threshold": suggestion.threshold})
-    clusters = cluster(matrix, section, zoo.base.id if zoo.base else None)
+    clusters = cluster(matrix, section)
     if html is not None:
         from composer.report import write_clusters
 

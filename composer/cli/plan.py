@@ -36,7 +36,7 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         skip = loaded.zoo.on_error == "skip"
         matrix = compare(zoo, store, loaded.cluster, loaded.probes, skip_broken=skip, progress=progress)
         zoo = zoo.without(matrix.skipped)
-        clusters = cluster(matrix, loaded.cluster, zoo.base.id if zoo.base else None)
+        clusters = cluster(matrix, loaded.cluster)
         plan = make_plan(
             loaded,
             zoo,

@@ -94,6 +94,8 @@ def print_clusters(matrix: SimilarityMatrix, clusters: tuple[Cluster, ...], skip
     for one in clusters:
         members = [f"{name} (representative)" if name == one.representative else name for name in one.members]
         why = [one.reason, *(f"note: {note}" for note in one.notes)]
+        if one.representative not in one.members:
+            why.append(f"represented by the zoo's base, {one.representative}")
         table.add_row(one.id, Text("\n".join(members if len(members) > 1 else one.members)), Text("\n".join(why)))
     console.print(table)
     for name, reason in skipped.items():

@@ -3,7 +3,7 @@
 from typing import Any
 
 from composer.artefacts import Store, digest
-from composer.errors import EvaluationError
+from composer.errors import EvaluationError, first_line
 from composer.evaluation.scores import Scores
 from composer.evaluation.tasks import Split, run_tasks
 from composer.zoo import Checkpoint
@@ -52,5 +52,5 @@ def load_model(checkpoint: Checkpoint, batch_size: int) -> Any:
             device="cuda" if cuda else "cpu",
         )
     except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EvaluationError(f"{checkpoint.path}: transformers cannot load this checkpoint: {reason}") from error

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from composer.artefacts import digest
-from composer.errors import EvaluationError
+from composer.errors import EvaluationError, first_line
 from composer.evaluation.scores import Scores, TaskScore
 from composer.evaluation.settings import EvaluateSection
 from composer.registry import nearest
@@ -141,7 +141,7 @@ def _load(manager: Any, name: str) -> Any:
     try:
         loaded = manager.load([name])["tasks"]
     except Exception as error:  # a task's own code and data loaders may raise anything
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = first_line(error)
         raise EvaluationError(f"task '{name}' cannot be loaded: {message}") from error
     if len(loaded) != 1:
         raise EvaluationError(f"'{name}' is a group of tasks; list its tasks one by one")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from composer.artefacts import Store, digest
-from composer.errors import DiskFullError, MergeError, disk_errors
+from composer.errors import DiskFullError, MergeError, disk_errors, first_line
 from composer.merging.operators import OPERATORS, Operator, Parameter
 from composer.merging.plan import MergeStep
 from composer.zoo import Checkpoint, Lineage, inspect_checkpoint
@@ -105,8 +105,7 @@ def _run(
         except DiskFullError:
             raise
         except Exception as error:
-            message = str(error).strip().splitlines() or [type(error).__name__]
-            raise MergeError(f"merge '{name}' ({operator.method}): mergekit: {message[0]}") from error
+            raise MergeError(f"merge '{name}' ({operator.method}): mergekit: {first_line(error)}") from error
     generation = Path(donor.path) / "generation_config.json"  # mergekit does not copy it
     if generation.is_file():
         shutil.copyfile(generation, out / generation.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.artefacts import Store, digest
-from composer.errors import ZooError
+from composer.errors import ZooError, first_line
 from composer.probes.attention import AttentionSummary
 from composer.progress import Progress, Step, silent
 from composer.value import Value
@@ -141,7 +141,7 @@ class _Run:
                 self.checkpoint.path, dtype=torch.float32 if self.device == "cpu" else "auto", **options
             )
         except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ZooError(f"model '{self.checkpoint.id}': transformers cannot load it: {reason}") from error
         self.model.to(self.device).eval()
         self.attention = AttentionSummary.of(self.model, DEPTHS)

@@ -91,12 +91,20 @@ def compare(
         signal=_in_words(signal),
         undefined={key: why for key, why in _among(found.undefined, ids).items() if key not in gates},
         notes=_among(notes, ids),
+        bases=_bases(sound_zoo),
         base=found.base,
         base_reason=found.base_reason,
         skipped=found.broken,
         read_bytes=found.read_bytes,
         record_bytes=found.record_bytes,
     )
+
+
+def _bases(zoo: Zoo) -> dict[str, str]:
+    base = zoo.base
+    if base is None:
+        return {}
+    return {one.id: base.id for one in zoo.members if one.id == base.id or difference(base, one) is None}
 
 
 def _groups(members: tuple[Checkpoint, ...]) -> list[list[Checkpoint]]:

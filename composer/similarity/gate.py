@@ -1,6 +1,9 @@
 """What must agree before weights may be averaged at all."""
 
-from composer.zoo import Checkpoint
+from pathlib import Path
+
+from composer.zoo import Checkpoint, open_weights
+from composer.zoo.kinds import is_vocabulary
 from composer.zoo.tokenizers import added_tokens
 
 
@@ -58,7 +61,19 @@ def _shape_difference(first: Checkpoint, second: Checkpoint) -> str:
     if first.tied_head != second.tied_head:
         tied, untied = (first, second) if first.tied_head else (second, first)
         return f"{tied.id} ties its output head to the embedding, {untied.id} does not"
-    return f"other tensor names or shapes ({_both(f'{first.parameters:,}', f'{second.parameters:,}')} parameters)"
+    return _tensor_difference(first, second) or "other tensor names or shapes"
+
+
+def _tensor_difference(first: Checkpoint, second: Checkpoint) -> str | None:
+    """Return the first tensor that only one model has, or that has another shape in each."""
+    a, b = (open_weights(one.source, Path(one.home)).headers for one in (first, second))
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            owner, other = (first, second) if name in a else (second, first)
+            return f"tensor {name} is in {owner.id} and not in {other.id}"
+        if a[name].shape != b[name].shape and not is_vocabulary(name):
+            return f"tensor {name} has other shapes ({_both(list(a[name].shape), list(b[name].shape))})"
+    return None
 
 
 def _same_tokens(first: Checkpoint, second: Checkpoint) -> bool:

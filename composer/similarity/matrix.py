@@ -17,6 +17,8 @@ class SimilarityMatrix(Value):
     """For a pair "a|b" that could be merged but has no similarity by this signal: why."""
     notes: dict[str, str] = {}
     """For a pair "a|b" that may be merged: what is to be known about it."""
+    bases: dict[str, str] = {}
+    """Id of the zoo's base, by each model that could be merged with it."""
     base: str | None = None
     """Id of the model that task vectors start from, where one is known."""
     base_reason: str | None = None

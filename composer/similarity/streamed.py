@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -115,7 +115,7 @@ def _cover(models: list[Checkpoint], missing: set[frozenset[str]], cache: Moment
 
 @dataclass
 class _Sums:
-    """Sums over the elements of one tensor, `[fresh, models]` each, in float64."""
+    """Sums over the elements of each tensor, `[tensors, fresh, models]`, or of one, `[fresh, models]`, in float64."""
 
     dots: "torch.Tensor"
     first_squares: "torch.Tensor"
@@ -123,11 +123,25 @@ class _Sums:
     opposite_signs: "torch.Tensor"
     both_nonzero: "torch.Tensor"
 
+    column_cosines: "torch.Tensor"
+    """Mean cosine of a matrix's columns; nan where it was not asked for or there is none."""
+
     @classmethod
-    def zeros(cls, fresh: int, models: int) -> "_Sums":
+    def zeros(cls, tensors: int, fresh: int, models: int) -> "_Sums":
+        """Return sums of nothing for all tensors, in memory of their own.
+
+        Small pieces among the blocks that come and go would keep the allocator from using that memory again.
+        """
         import torch
 
-        return cls(*(torch.zeros(fresh, models, dtype=torch.float64) for _ in range(5)))
+        shape = (tensors, fresh, models)
+        return cls(
+            *(torch.zeros(shape, dtype=torch.float64) for _ in range(5)), torch.full(shape, float("nan")).double()
+        )
+
+    def __getitem__(self, place: int) -> "_Sums":
+        """Return the sums of one tensor; what is added to them is added here."""
+        return _Sums(*(getattr(self, one.name)[place] for one in fields(self)))
 
     def add(self, block: "torch.Tensor", mask: "_Mask | None" = None) -> None:
         """Add a block, `[models, elements, padded with zeros to whole runs]`."""
@@ -249,41 +263,49 @@ class _Reader:
         self.base = next((index for index, one in enumerate(models) if base is not None and one.id == base.id), None)
         self.base_hash = base.content_hash if base is not None else None
         self.weights = [self._open(one) for one in models]
-        self.names = list(self.weights[0].headers)
-        self.sums: dict[str, _Sums] = {}
-        self.delta_sums: dict[str, _Sums] = {}
-        self.column_cosines: dict[str, torch.Tensor] = {}
-        self.delta_column_cosines: dict[str, torch.Tensor] = {}
+        headers = [one.headers for one in self.weights]
+        self.names = [name for name in headers[0] if all(one[name].floating for one in headers)]
+        self.sums = _Sums.zeros(len(self.names), fresh, len(models))
+        self.delta_sums = _Sums.zeros(len(self.names), fresh, len(models)) if self.base is not None else None
 
     def run(self, found: Pass, progress: Progress) -> None:
         """Read everything once and fill the sums; models that are not finite go to `found.broken`."""
-        total = sum(header.nbytes for one in self.weights for header in one.headers.values())
-        done = 0
+        total = sum(one.headers[name].nbytes for one in self.weights for name in self.names)
         with _workers() as pool:
-            for name, headers in zip(self.names, pool.map(self._tensor, self.names), strict=True):
-                done += sum(header.nbytes for header in headers)
-                progress(Step(stage="compare", message=name, done=done, total=total))
-                self._find_broken(name, headers, found)
-        found.read_bytes += done
+            for place, _ in enumerate(pool.map(self._tensor, range(len(self.names)))):
+                name = self.names[place]
+                found.read_bytes += sum(one.headers[name].nbytes for one in self.weights)
+                progress(Step(stage="compare", message=name, done=found.read_bytes, total=total))
+                self._find_broken(place, found)
 
     def save(self, cache: MomentsCache, missing: set[frozenset[str]], broken: dict[str, str]) -> None:
         """Keep the moments of the pairs that were missing."""
         sound = [index for index, one in enumerate(self.models) if one.id not in broken]
         for index in sound:
             cache.mark_finite(self.models[index].content_hash)
-        if len(sound) < 2:
-            return
-        weights = _Table(self.sums, self.column_cosines if self.columns else None)
-        deltas = None
-        if self.base in sound:
-            deltas = _Table(self.delta_sums, self.delta_column_cosines if self.columns else None)
+        deltas = self.delta_sums if self.base in sound else None
         for i, j in combinations(sound, 2):  # the first is a fresh one, since those stand first
             first, second = self.models[i], self.models[j]
             if frozenset((first.id, second.id)) in missing:
                 hashes = first.content_hash, second.content_hash
-                cache.save(*hashes, None, weights.pair(i, j))
+                cache.save(*hashes, None, self._moments(self.sums, i, j))
                 if deltas is not None and self.base not in (i, j):
-                    cache.save(*hashes, self.base_hash, deltas.pair(i, j))
+                    cache.save(*hashes, self.base_hash, self._moments(deltas, i, j))
+
+    def _moments(self, sums: _Sums, i: int, j: int) -> Moments:
+        def values(table: "torch.Tensor") -> Any:
+            return tuple(table[:, i, j].tolist())
+
+        cosines = (None if value != value else value for value in values(sums.column_cosines))
+        return Moments(
+            names=tuple(self.names),
+            dots=values(sums.dots),
+            first_squares=values(sums.first_squares),
+            second_squares=values(sums.second_squares),
+            same_signs=values((sums.both_nonzero - sums.opposite_signs).long()),
+            both_nonzero=values(sums.both_nonzero.long()),
+            column_cosines=tuple(cosines) if self.columns else None,
+        )
 
     def _open(self, one: Checkpoint) -> Weights:
         try:
@@ -291,16 +313,15 @@ class _Reader:
         except ZooError as error:
             raise _BrokenError(one.id, str(error)) from None
 
-    def _tensor(self, name: str) -> list[TensorHeader]:
+    def _tensor(self, place: int) -> None:
         """Read one tensor of all models and fill its sums."""
         import torch
 
+        name = self.names[place]
         headers = [one.headers[name] for one in self.weights]
-        if not all(header.floating for header in headers):
-            return headers
         count = len(self.models)
-        sums = self.sums[name] = _Sums.zeros(self.fresh, count)
-        deltas = _Sums.zeros(self.fresh, count) if self.base is not None else None
+        sums = self.sums[place]
+        deltas = self.delta_sums[place] if self.delta_sums is not None else None
         dtype = torch.float64 if any(header.dtype == "F64" for header in headers) else torch.float32
         width = headers[0].row_elements
         matrix = len(headers[0].shape) == 2 and self.columns
@@ -324,13 +345,10 @@ class _Reader:
             sums.add(block, mask)
             if deltas is not None and centred is not None:
                 deltas.add(centred, mask)
-        if deltas is not None:
-            self.delta_sums[name] = deltas
         if columns is not None:
-            self.column_cosines[name] = columns.cosines()
-        if delta_columns is not None:
-            self.delta_column_cosines[name] = delta_columns.cosines()
-        return headers
+            sums.column_cosines.copy_(columns.cosines())
+        if deltas is not None and delta_columns is not None:
+            deltas.column_cosines.copy_(delta_columns.cosines())
 
     def _centred(self, block: "torch.Tensor", mask: _Mask | None) -> "torch.Tensor":
         """Return task vectors: the block less the base; zero where a token is not in both."""
@@ -340,17 +358,16 @@ class _Reader:
             centred[:, : both.shape[1]] *= both.to(centred.dtype)
         return centred
 
-    def _find_broken(self, name: str, headers: list[TensorHeader], found: Pass) -> None:
+    def _find_broken(self, place: int, found: Pass) -> None:
         """List the models whose tensor holds NaN or infinity.
 
         A sum of squares in float64 is finite exactly when every element is: it has room for those of any float32.
         """
-        if name not in self.sums:
-            return
-        finite = self.sums[name].second_squares.isfinite().all(dim=0)
+        finite = self.sums.second_squares[place].isfinite().all(dim=0)
         for index, one in enumerate(self.models):
             if not finite[index] and one.id not in found.broken:
-                found.broken[one.id] = f"{headers[index].file}: tensor {name} holds NaN or infinite values"
+                file = self.weights[index].headers[self.names[place]].file
+                found.broken[one.id] = f"{file}: tensor {self.names[place]} holds NaN or infinite values"
 
     def _blocks(self, name: str, rows: int, step: int) -> Iterator[tuple[list["torch.Tensor"], None]]:
         """Yield the same rows of all models."""
@@ -445,37 +462,3 @@ class _Columns:
         counted = scale > 0
         cosines = (self.dots / scale.where(counted, scale.new_ones(()))).clamp(-1, 1) * counted
         return cosines.sum(dim=2) / counted.sum(dim=2)  # nan where no column counts
-
-
-class _Table:
-    """The sums of all tensors, ready to be cut into pairs."""
-
-    def __init__(self, sums: dict[str, _Sums], columns: dict[str, "torch.Tensor"] | None) -> None:
-        import torch
-
-        def stacked(name: str) -> torch.Tensor:
-            return torch.stack([getattr(one, name) for one in sums.values()])
-
-        self.names = tuple(sums)
-        self.dots, self.first, self.second = map(stacked, ("dots", "first_squares", "second_squares"))
-        self.both = stacked("both_nonzero").long()
-        self.same = self.both - stacked("opposite_signs").long()
-        self.columns = columns
-
-    def pair(self, i: int, j: int) -> Moments:
-        def values(table: "torch.Tensor") -> Any:
-            return tuple(table[:, i, j].tolist())
-
-        def column(name: str) -> float | None:
-            value = float(self.columns[name][i, j]) if self.columns and name in self.columns else float("nan")
-            return None if value != value else value
-
-        return Moments(
-            names=self.names,
-            dots=values(self.dots),
-            first_squares=values(self.first),
-            second_squares=values(self.second),
-            same_signs=values(self.same),
-            both_nonzero=values(self.both),
-            column_cosines=tuple(column(name) for name in self.names) if self.columns is not None else None,
-        )

@@ -78,11 +78,9 @@ class FoldedWeights:
 
     def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Return rows `start` to `stop` with the adapter folded in; see `Weights.read`."""
-        import torch
-
         if name in self._replaced:  # a whole tensor of the adapter; it may have factors besides
             stored = read_tensor(self._adapter_headers[self._replaced[name]], self._replaced[name], start, stop)
-            rows = stored.to(getattr(torch, _torch_dtype(self.headers[name])))
+            rows = stored.to(self.headers[name].torch_dtype)
         else:
             rows = self._base.read(name, start, stop)
         return self._deltas[name].fold(rows, start, stop).to(rows.dtype) if name in self._deltas else rows
@@ -165,10 +163,6 @@ class _Delta:
             magnitude = read_tensor(*self._magnitude).float().reshape(-1)[start:stop]
             folded *= (magnitude / folded.norm(dim=1)).unsqueeze(1)
         return folded
-
-
-def _torch_dtype(header: TensorHeader) -> str:
-    return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[header.dtype]
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.artefacts import Store, digest
-from composer.errors import ZooError
+from composer.errors import ZooError, first_line
 from composer.zoo.weights import TensorHeader
 
 if TYPE_CHECKING:
     import torch
 
-_STORAGE = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16"}
-_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PLAIN = ("F64", "F32", "F16", "BF16")
+"""Types that are not quantised, by the names that safetensors gives them too."""
 MAGIC = b"GGUF"
 
 
@@ -49,7 +49,7 @@ def describe_gguf(file: Path, store: Store) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
             tokenizer.save_pretrained(new)
         except Exception as error:  # transformers raises whatever it stumbles over
-            raise ZooError(f"{file}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+            raise ZooError(f"{file}: transformers cannot read this GGUF file: {first_line(error)}") from error
         licence = reader.get_field("general.license")
         if licence is not None:
             (new / "README.md").write_text(f"---\nlicense: {licence.contents()}\n---\n")
@@ -60,7 +60,7 @@ def describe_gguf(file: Path, store: Store) -> Path:
 def quantisation(description: Path) -> str | None:
     """Return the quantised type most weights of a described GGUF file have, e.g. "Q4_K", or None if none has one."""
     types: dict[str, int] = json.loads((description / "quantisation.json").read_text())
-    quantised = {name: count for name, count in types.items() if name not in _STORAGE}
+    quantised = {name: count for name, count in types.items() if name not in _PLAIN}
     return max(quantised, key=lambda name: quantised[name]) if quantised else None
 
 
@@ -87,7 +87,7 @@ class GgufWeights:
         self.headers = {
             name: TensorHeader(
                 file=str(file),
-                dtype=_STORAGE.get(self._tensors[name].tensor_type.name, "BF16"),
+                dtype=kind if (kind := self._tensors[name].tensor_type.name) in _PLAIN else "BF16",
                 shape=shapes[name],
                 offset=int(self._tensors[name].data_offset),
             )
@@ -115,13 +115,13 @@ class GgufWeights:
                 weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
             ).weights
         except Exception as error:
-            raise ZooError(f"{self._file}: tensor {tensor.name} cannot be dequantised: {_first_line(error)}") from error
+            raise ZooError(f"{self._file}: tensor {tensor.name} cannot be dequantised: {first_line(error)}") from error
         if tuple(values.shape) != header.shape:
             raise ZooError(
                 f"{self._file}: tensor {tensor.name} has shape {list(values.shape)} where {name} has "
                 f"{list(header.shape)}; the file is corrupt or of another version"
             )
-        return torch.from_numpy(np.array(values)).to(getattr(torch, _TORCH[header.dtype]))
+        return torch.from_numpy(np.array(values)).to(header.torch_dtype)
 
 
 @lru_cache(maxsize=8)
@@ -136,7 +136,7 @@ def _reader(file: Path) -> Any:
     try:
         return _reader_of(str(file), status.st_size, status.st_mtime_ns)
     except Exception as error:  # a corrupt header can make the reader fail anywhere
-        raise ZooError(f"{file}: not a readable GGUF file ({_first_line(error)}); download it again") from error
+        raise ZooError(f"{file}: not a readable GGUF file ({first_line(error)}); download it again") from error
 
 
 def _check_sizes(file: Path, reader: Any) -> None:
@@ -178,7 +178,3 @@ def _translation(file: Path, config: Any) -> tuple[Any, dict[str, str], dict[str
     tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     return processor, names, shapes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

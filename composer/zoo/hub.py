@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from composer.errors import DiskFullError, ZooError, is_disk_full
+from composer.errors import DiskFullError, ZooError, first_line, is_disk_full
 from composer.progress import Progress, Step, silent
 from composer.zoo.weights import INDEX, TensorHeader, index_shards
 
@@ -99,7 +99,7 @@ def remote_headers(repository: str, revision: str | None = None) -> dict[str, Te
         try:
             metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
         except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-            raise ZooError(f"{repository}: its weights are not readable safetensors: {_first_line(error)}") from None
+            raise ZooError(f"{repository}: its weights are not readable safetensors: {first_line(error)}") from None
     for file, one in metadata.files_metadata.items():
         for name, tensor in one.tensors.items():
             headers[name] = TensorHeader(file=file, dtype=tensor.dtype, shape=tuple(tensor.shape))
@@ -230,9 +230,9 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
             "check the network (and HF_HUB_OFFLINE), or give a local path"
         ) from None
     except errors.HFValidationError as error:
-        raise ZooError(f"{name}: not a hub id: {_first_line(error)}") from None
+        raise ZooError(f"{name}: not a hub id: {first_line(error)}") from None
     except errors.HfHubHTTPError as error:
-        raise ZooError(f"{name}: the hub refused: {_first_line(error)}") from error
+        raise ZooError(f"{name}: the hub refused: {first_line(error)}") from error
     except _unreachable():
         raise ZooError(
             f"{name}: there is no such directory here, and the hub cannot be reached; check the network "
@@ -241,7 +241,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     except OSError as error:
         if is_disk_full(error):
             raise DiskFullError(f"{name}: no space left to download it; free some, then run again") from error
-        raise ZooError(f"{name}: cannot be downloaded: {_first_line(error)}") from error
+        raise ZooError(f"{name}: cannot be downloaded: {first_line(error)}") from error
 
 
 def _unreachable() -> tuple[type[BaseException], ...]:
@@ -253,7 +253,3 @@ def _unreachable() -> tuple[type[BaseException], ...]:
 
     client = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     return (errors.OfflineModeIsEnabled, client, ConnectionError, TimeoutError)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

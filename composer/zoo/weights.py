@@ -60,6 +60,20 @@ class TensorHeader(Value):
         return prod(self.shape[1:])
 
     @property
+    def torch_dtype(self) -> "torch.dtype":
+        """The type as torch names it.
+
+        Raises:
+            ZooError: if torch has none for it.
+        """
+        import torch
+
+        if self.dtype not in _TORCH:
+            raise ZooError(f"{self.file}: a tensor has a type nobody here can read, {self.dtype}")
+        dtype: torch.dtype = getattr(torch, _TORCH[self.dtype])
+        return dtype
+
+    @property
     def floating(self) -> bool:
         """Whether its elements are plain floating-point numbers."""
         return self.dtype in ("F64", "F32", "F16", "BF16")
@@ -95,8 +109,7 @@ def read_tensor(header: TensorHeader, name: str, start: int = 0, stop: int | Non
     """Return rows of one tensor of a safetensors file, `[stop - start, ...]`; by default all."""
     import torch
 
-    if header.dtype not in _TORCH:
-        raise ZooError(f"{header.file}: tensor {name} has a type nobody here can read, {header.dtype}")
+    dtype = header.torch_dtype
     rows = (header.rows if stop is None else stop) - start
     row = header.row_elements * _BYTES[header.dtype]
     buffer = torch.empty(rows * row, dtype=torch.uint8)
@@ -107,7 +120,7 @@ def read_tensor(header: TensorHeader, name: str, start: int = 0, stop: int | Non
         os.close(descriptor)
     if got != buffer.numel():
         raise ZooError(f"{header.file}: tensor {name} ends too early; copy the checkpoint again")
-    return buffer.view(getattr(torch, _TORCH[header.dtype])).reshape(rows, *header.shape[1:])
+    return buffer.view(dtype).reshape(rows, *header.shape[1:])
 
 
 def _read_into(descriptor: int, view: memoryview, offset: int) -> int:
