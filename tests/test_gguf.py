@@ -172,3 +172,15 @@ def test_an_architecture_that_transformers_cannot_read(tmp_path: Path, store: St
     writer.close()
     with pytest.raises(ZooError, match=r"m.gguf: transformers cannot read this GGUF file: .*unheard-of"):
         inspect_checkpoint("m", tmp_path / "m.gguf", store)
+
+
+def test_a_merge_takes_the_original_tokenizer_and_says_what_differs(tmp_path: Path, store: Store) -> None:
+    plain = inspect_checkpoint("plain", BASE, store)
+    found = inspect_checkpoint("m", write_gguf(tmp_path / "m.gguf"), store)
+    assert found.tokenizer.merges != plain.tokenizer.merges, "this file holds scores, from which merges are rebuilt"
+    matrix = compare(Zoo(members=(plain, found)), store)
+    assert matrix.gate("plain", "m") is None
+    assert "merges rebuilt from a GGUF file" in (matrix.note("plain", "m") or "")
+    make_whole(found, store)
+    merged = make_merge(MergeStep(name="x", operator="linear", inputs=("m", "plain")), [found, plain], None, store)
+    assert merged.tokenizer == plain.tokenizer

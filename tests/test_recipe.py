@@ -45,7 +45,18 @@ def failure(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_what_is_no_path_here_may_be_a_hub_id(recipe: Path) -> None:
+    assert load_recipe(recipe).zoo.models[0].model == "models/one"
+    for text in ("./models/one", "models/one/deeper", "models/one.gguf"):
+        path = change(recipe, "model: models/one", f"model: {text}")
+        assert load_recipe(path).zoo.models[0].model == str((recipe.parent / text).resolve())
+        change(recipe, f"model: {text}", "model: models/one")
+    path = change(recipe, "model: models/one", "model: org/name@v1.2")
+    assert load_recipe(path).zoo.models[0].model == "org/name@v1.2"
+
+
 def test_relative_paths_start_at_the_recipe(recipe: Path) -> None:
+    (recipe.parent / "models" / "one").mkdir(parents=True)
     models = load_recipe(recipe).zoo.models
     assert models[0].model == str(recipe.parent / "models/one")
     assert models[1].model == "/models/two"

@@ -86,6 +86,7 @@ def test_a_run_takes_adapters_and_gguf_files_and_lists_what_it_skipped(tmp_path:
         .replace("zoo:\n", "zoo:\n  on_error: skip\n")
         .replace(f"model: {MODELS}/stories-science", f"model: {MODELS}/stories, adapter: adapter")
         .replace(f"model: {MODELS}/stories-web", "model: web.gguf")
+        .replace("serve:", "cluster: {threshold: 0.9}\nserve:")
         .replace("merge:", "    - {id: broken, model: broken}\n    - {id: not-finite, model: nan}\nmerge:")
     )
     planned = cli("plan", str(recipe))

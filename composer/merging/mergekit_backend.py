@@ -10,7 +10,7 @@ from composer.artefacts import Store, digest
 from composer.errors import DiskFullError, MergeError, disk_errors, first_line
 from composer.merging.operators import OPERATORS, Operator, Parameter
 from composer.merging.plan import MergeStep
-from composer.zoo import Checkpoint, Lineage, inspect_checkpoint
+from composer.zoo import TOKENIZER_FILES, Checkpoint, Lineage, inspect_checkpoint
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -106,12 +106,24 @@ def _run(
             raise
         except Exception as error:
             raise MergeError(f"merge '{name}' ({operator.method}): mergekit: {first_line(error)}") from error
+    if donor.source.kind == "gguf" and "tokenizer" not in settings:
+        _copy_original_tokenizer(inputs, out)
     generation = Path(donor.path) / "generation_config.json"  # mergekit does not copy it
     if generation.is_file():
         shutil.copyfile(generation, out / generation.name)
     (out / "mergekit_config.yml").unlink(missing_ok=True)  # holds paths of this machine; the lineage is ours
     for file in out.iterdir():
         file.chmod(0o644)
+
+
+def _copy_original_tokenizer(inputs: list[Checkpoint], out: Path) -> None:
+    """Prefer the tokenizer of an input that has its own to one rebuilt from a GGUF file."""
+    originals = [Path(one.tokenizer_home) for one in inputs if one.source.kind != "gguf"]
+    for name in TOKENIZER_FILES if originals else ():
+        file = originals[0] / name
+        (out / name).unlink(missing_ok=True)
+        if file.is_file():
+            shutil.copyfile(file, out / name)
 
 
 @contextlib.contextmanager

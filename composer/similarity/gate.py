@@ -19,7 +19,7 @@ def difference(first: Checkpoint, second: Checkpoint) -> str | None:
     for key in sorted({*first.settings, *second.settings}):
         if first.settings.get(key) != second.settings.get(key):
             return f"another {key} ({_both(first.settings.get(key), second.settings.get(key))})"
-    if first.tokenizer.merges != second.tokenizer.merges:
+    if first.tokenizer.merges != second.tokenizer.merges and not _from_gguf(first, second):
         return "other tokenizer merges"
     if not _same_tokens(first, second) and added_tokens(first.tokenizer_home, second.tokenizer_home) is None:
         return "another tokenizer vocabulary"
@@ -38,6 +38,8 @@ def note(first: Checkpoint, second: Checkpoint) -> str | None:
             notes.append(f"vocabularies differ by added tokens ({_few(added)})")
     elif first.vocabulary_size != second.vocabulary_size:
         notes.append(f"embeddings of {first.vocabulary_size:,} and {second.vocabulary_size:,} rows for the same tokens")
+    if first.tokenizer.merges != second.tokenizer.merges:
+        notes.append("tokenizer merges rebuilt from a GGUF file differ from the original's")
     if first.tokenizer.chat_template != second.tokenizer.chat_template:
         notes.append("another chat template")
     return "; ".join(notes) or None
@@ -74,6 +76,11 @@ def _tensor_difference(first: Checkpoint, second: Checkpoint) -> str | None:
         if a[name].shape != b[name].shape and not is_vocabulary(name):
             return f"tensor {name} has other shapes ({_both(list(a[name].shape), list(b[name].shape))})"
     return None
+
+
+def _from_gguf(first: Checkpoint, second: Checkpoint) -> bool:
+    """Return whether a tokenizer was rebuilt from a GGUF file, which may hold scores where merges were."""
+    return "gguf" in (first.source.kind, second.source.kind)
 
 
 def _same_tokens(first: Checkpoint, second: Checkpoint) -> bool:

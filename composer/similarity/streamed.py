@@ -122,7 +122,6 @@ class _Sums:
     second_squares: "torch.Tensor"
     opposite_signs: "torch.Tensor"
     both_nonzero: "torch.Tensor"
-
     column_cosines: "torch.Tensor"
     """Mean cosine of a matrix's columns; nan where it was not asked for or there is none."""
 
@@ -134,10 +133,9 @@ class _Sums:
         """
         import torch
 
-        shape = (tensors, fresh, models)
-        return cls(
-            *(torch.zeros(shape, dtype=torch.float64) for _ in range(5)), torch.full(shape, float("nan")).double()
-        )
+        tables = {one.name: torch.zeros(tensors, fresh, models, dtype=torch.float64) for one in fields(cls)}
+        tables["column_cosines"].fill_(float("nan"))
+        return cls(**tables)
 
     def __getitem__(self, place: int) -> "_Sums":
         """Return the sums of one tensor; what is added to them is added here."""

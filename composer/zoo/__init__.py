@@ -6,6 +6,7 @@ as a directory.
 
 from composer.zoo.checkpoint import Checkpoint, Description, Lineage, TokenizerFingerprint, Zoo
 from composer.zoo.inspection import (
+    TOKENIZER_FILES,
     describe,
     describe_remote,
     inspect_checkpoint,
@@ -18,6 +19,7 @@ from composer.zoo.weights import SafetensorsWeights, TensorHeader, Weights, read
 from composer.zoo.whole import make_whole
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Checkpoint",
     "Description",
     "Lineage",
