@@ -28,8 +28,8 @@ class Cluster(Value):
     id: str
     members: tuple[str, ...]
     representative: str
-    """The zoo's base, member or not, if it could be merged with the members; else the medoid: the member most similar
-    to all others."""
+    """The zoo's base, a member or not, if it could be merged with the members; else the medoid: the member most
+    similar to all others. A loner represents itself."""
     reason: str
     """Why these belong together, or why this one stands alone, in one sentence."""
     notes: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def cluster(matrix: SimilarityMatrix, section: ClusterSection) -> tuple[Cluster,
         Cluster(
             id=f"cluster-{number}",
             members=tuple(members),
-            representative=matrix.bases.get(members[0]) or _medoid(matrix, members),
+            representative=(len(members) > 1 and matrix.bases.get(members[0])) or _medoid(matrix, members),
             reason=_reason(matrix, members, section.threshold),
             notes=_notes(matrix, members),
         )

@@ -69,7 +69,7 @@ def compare(
         for a, b in combinations(members, 2)
         if f"{a.id}|{b.id}" not in gates and (text := note(a, b)) is not None
     }
-    weights = _Weights(zoo.base, MomentsCache(store), signal, skip_broken, found, progress)
+    weights = _Weights(zoo.base, zoo.base_reason, MomentsCache(store), signal, skip_broken, found, progress)
     groups = _groups(members)
     for group in groups:
         weights.measure(group, weights.base_of_shape(group))
@@ -126,6 +126,7 @@ class _Weights:
 
     base: Checkpoint | None
     """The zoo's base, if it has one."""
+    base_reason: str | None
     cache: MomentsCache
     signal: SignalSection
     skip_broken: bool
@@ -148,29 +149,32 @@ class _Weights:
 
     def compare(self, group: list[Checkpoint]) -> None:
         """Note the similarity of all pairs of a group of sound models."""
-        base, why = None, f"no tensor of {' or '.join(self.signal.modules)} to compare"
-        if self.signal.signal == "deltas" and len(group) > 1:
-            base, reason = self._base(group)
-            if base is None:
-                why = f"no task vectors, since {reason}"
-            else:
-                self.found.base, self.found.base_reason = base.id, reason
-                why = "one of the two does not differ from the base"
+        base, reason = self._base(group) if self.signal.signal == "deltas" and len(group) > 1 else (None, "")
+        if base is not None:
+            self.found.base, self.found.base_reason = base.id, reason
         for first, second in combinations(group, 2):
-            if self.signal.signal == "deltas" and (base is None or base.id in (first.id, second.id)):
-                value, reason = None, why if base is None else f"{base.id} is the base and has no task vector"
+            if self.signal.signal == "deltas" and base is None:
+                value, why = None, f"no task vectors, since {reason}"
+            elif base is not None and base.id in (first.id, second.id):
+                value, why = None, f"{base.id} is the base and has no task vector"
             else:
-                value, reason = (
-                    self._moments(first, second, base).cosine(self.signal.kinds, columns=self.signal.per_column),
-                    why,
-                )
-            self.found.set(first.id, second.id, value, reason)
+                value, why = self._cosine(first, second, base)
+            self.found.set(first.id, second.id, value, why)
+
+    def _cosine(self, first: Checkpoint, second: Checkpoint, base: Checkpoint | None) -> tuple[float | None, str]:
+        """Return the cosine of two models, or None and why there is none."""
+        moments = self._moments(first, second, base)
+        value = moments.cosine(self.signal.kinds, columns=self.signal.per_column)
+        for one, squares in ((first, moments.first_squares), (second, moments.second_squares)):
+            if base is not None and not any(squares):
+                return value, f"{one.id} does not differ from the base, {base.id}"
+        return value, f"no tensor of {' or '.join(self.signal.modules)} with a direction in both"
 
     def _base(self, group: list[Checkpoint]) -> tuple[Checkpoint | None, str]:
         """Return the model that the task vectors of a group start from, and how it is known or why none is."""
         if self.base is not None:
             given = self.base_of_shape(group)
-            return given, "as the recipe says" if given else "zoo.base is of another shape"
+            return given, (self.base_reason or "as the recipe says") if given else "the zoo's base is of another shape"
         if len(group) < FEWEST_TO_INFER:
             return None, f"no base is given and it takes {FEWEST_TO_INFER} models of a shape to infer it; set zoo.base"
         self.measure(group, group[0])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.artefacts import Store, digest
 from composer.errors import ZooError, first_line
+from composer.value import Value
 from composer.zoo.weights import TensorHeader
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 _PLAIN = ("F64", "F32", "F16", "BF16")
 """Types that are not quantised, by the names that safetensors gives them too."""
 MAGIC = b"GGUF"
+HEADERS = "headers.json"
+
+
+_Opened = tuple[Any, dict[str, str], dict[str, Any]]
+"""A processor of layouts, transformers' names by those of the file, and tensors by transformers' names."""
+
+
+class _Headers(Value):
+    headers: dict[str, TensorHeader]
 
 
 def describe_gguf(file: Path, store: Store) -> Path:
@@ -48,6 +58,9 @@ def describe_gguf(file: Path, store: Store) -> Path:
             config.save_pretrained(new)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
             tokenizer.save_pretrained(new)
+            _Headers(headers=_headers(file, config)).save(new / HEADERS)
+        except ZooError:
+            raise
         except Exception as error:  # transformers raises whatever it stumbles over
             raise ZooError(f"{file}: transformers cannot read this GGUF file: {first_line(error)}") from error
         licence = reader.get_field("general.license")
@@ -68,32 +81,12 @@ class GgufWeights:
     """The weights of a GGUF file under transformers' names."""
 
     def __init__(self, file: Path, description: Path) -> None:
-        """Translate the names of all tensors.
-
-        Raises:
-            ZooError: if a tensor of the model is not in the file.
-        """
-        from transformers import AutoConfig
-
-        self._file = file
-        config = AutoConfig.from_pretrained(str(description), local_files_only=True)
-        processor, names, shapes = _translation(file, config)
-        self._processor, self._names = processor, names
-        tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
-        self._tensors = {names[name]: tensor for name, tensor in tensors.items() if name in names}
-        missing = sorted(set(shapes) - set(self._tensors))
-        if missing:
-            raise ZooError(f"{file}: holds nothing for tensor {missing[0]} of {config.architectures[0]}")
-        self.headers = {
-            name: TensorHeader(
-                file=str(file),
-                dtype=kind if (kind := self._tensors[name].tensor_type.name) in _PLAIN else "BF16",
-                shape=shapes[name],
-                offset=int(self._tensors[name].data_offset),
-            )
-            for name in sorted(shapes)
-        }
+        """Take the headers from a directory that `describe_gguf` made; the file itself is opened when it is read."""
+        self._file, self._description = file, description
+        self.headers = _Headers.load(description / HEADERS).headers
         self._held = threading.local()
+        self._opened: _Opened | None = None
+        self._lock = threading.Lock()
 
     def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Return rows `start` to `stop`; see `Weights.read`. Each thread holds one whole tensor at a time."""
@@ -103,16 +96,28 @@ class GgufWeights:
         rows: torch.Tensor = self._held.tensor[start:stop]
         return rows
 
+    def _open(self) -> "_Opened":
+        """Open the file, once for all threads."""
+        from transformers import AutoConfig
+
+        with self._lock:
+            if self._opened is None:
+                config = AutoConfig.from_pretrained(str(self._description), local_files_only=True)
+                processor, names, _ = _translation(self._file, config)
+                self._opened = processor, names, _tensors(self._file, names)
+            return self._opened
+
     def _dequantised(self, name: str) -> "torch.Tensor":
         import numpy as np
         import torch
         from gguf import dequantize
 
-        tensor, header = self._tensors[name], self.headers[name]
+        header, (processor, names, tensors) = self.headers[name], self._open()
+        tensor = tensors[name]
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
-            values = self._processor.process(
-                weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
+            values = processor.process(
+                weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
             ).weights
         except Exception as error:
             raise ZooError(f"{self._file}: tensor {tensor.name} cannot be dequantised: {first_line(error)}") from error
@@ -122,6 +127,33 @@ class GgufWeights:
                 f"{list(header.shape)}; the file is corrupt or of another version"
             )
         return torch.from_numpy(np.array(values)).to(header.torch_dtype)
+
+
+def _headers(file: Path, config: Any) -> dict[str, TensorHeader]:
+    """Return what the tensors will be once they are dequantised.
+
+    Raises:
+        ZooError: if a tensor of the model is not in the file.
+    """
+    _, names, shapes = _translation(file, config)
+    tensors = _tensors(file, names)
+    missing = sorted(set(shapes) - set(tensors))
+    if missing:
+        raise ZooError(f"{file}: holds nothing for tensor {missing[0]} of {config.architectures[0]}")
+    return {
+        name: TensorHeader(
+            file=str(file),
+            dtype=kind if (kind := tensors[name].tensor_type.name) in _PLAIN else "BF16",
+            shape=shapes[name],
+            offset=int(tensors[name].data_offset),
+        )
+        for name in sorted(shapes)
+    }
+
+
+def _tensors(file: Path, names: dict[str, str]) -> dict[str, Any]:
+    """Return the file's tensors by transformers' names."""
+    return {names[one.name]: one for one in _reader(file).tensors if one.name in names}
 
 
 @lru_cache(maxsize=8)
