@@ -106,6 +106,15 @@ def test_revisions_adapters_and_gguf_files(hub: Hub, ask: Cli, tmp_path: Path) -
     values = json.loads(result.stdout)["similarity"]["values"]
     assert all(0.9 < values[0][other] < 1 for other in (1, 2, 3))
     assert "a.gguf" not in fetched(hub)
+    for arguments, expected in (
+        (["org/gguf"], "--file for a GGUF file"),
+        (["org/adapter"], "an adapter, described with its base"),
+    ):
+        result = ask("inspect", *arguments)
+        assert result.returncode == 3
+        assert expected in result.stderr
+    assert "LlamaForCausalLM" in ask("inspect", "org/gguf", "--file", "b.gguf").stdout
+    assert "org/adapter" not in ask("inspect", "org/stories", "--adapter", "org/adapter").stderr
     result = ask("cluster", recipe(tmp_path, "id: small, model: org/gguf"))
     assert result.returncode == 3
     assert "holds several GGUF files; name one with file: (a.gguf, b.gguf)" in result.stderr

@@ -223,3 +223,10 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, store: Store)
     with pytest.raises(ZooError, match=r"model 'm': transformers cannot load it: .*no-such-function"):
         record_probes(checkpoint, TEXTS, store)
     assert not list((store.root / "probes").iterdir())
+    zoo = Zoo(members=(inspect_checkpoint("good", MODELS / "stories", store), checkpoint))
+    probes = ProbesSection(limit=3)
+    with pytest.raises(ZooError, match="model 'm'"):
+        compare(zoo, store, SignalSection(signal="hidden"), probes)
+    matrix = compare(zoo, store, SignalSection(signal="hidden"), probes, skip_broken=True)
+    assert matrix.ids == ("good",)
+    assert "no-such-function" in matrix.skipped["m"]

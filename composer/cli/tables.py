@@ -95,13 +95,13 @@ def print_clusters(matrix: SimilarityMatrix, clusters: tuple[Cluster, ...], skip
         members = [f"{name} (representative)" if name == one.representative else name for name in one.members]
         why = [one.reason, *(f"note: {note}" for note in one.notes)]
         if one.representative not in one.members:
-            why.append(f"represented by the zoo's base, {one.representative}")
+            why.append("represented by the zoo's base")
         table.add_row(one.id, Text("\n".join(members if len(members) > 1 else one.members)), Text("\n".join(why)))
     console.print(table)
     for name, reason in skipped.items():
         console.print(Text(f"skipped: {name}: {reason}"))
     if matrix.base:
-        console.print(Text(f"task vectors start at {matrix.base}, {matrix.base_reason}"))
+        console.print(Text(f"task vectors start at {matrix.base}: {matrix.base_reason}"))
     if matrix.record_bytes:
         sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in matrix.record_bytes.items())
         console.print(Text(f"probe records: {sizes}"))

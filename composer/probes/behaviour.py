@@ -86,13 +86,13 @@ def compare_records(members: Sequence[Member], store: Store) -> dict[tuple[str, 
 
 
 def _path(first: Member, second: Member, store: Store) -> Path:
-    key = digest(["behaviour", VERSION, *sorted((first[1].path, second[1].path))])
+    key = digest(["behaviour", VERSION, *sorted((first[1].key, second[1].key))])
     return store.path("behaviour", f"{key}.json")
 
 
 def _oriented(behaviour: Behaviour, first: Member, second: Member) -> Behaviour:
     """Return a pair's behaviour from the way it is called to the way it is kept, or back."""
-    return behaviour if first[1].path <= second[1].path else behaviour.reversed()
+    return behaviour if first[1].key <= second[1].key else behaviour.reversed()
 
 
 def _vocabulary(checkpoint: Checkpoint) -> str:

@@ -63,6 +63,11 @@ class ProbeRecord(Value):
     """Features that this model has no record of, with the reason."""
     size_bytes: int
 
+    @property
+    def key(self) -> str:
+        """Hash of the model and the texts."""
+        return Path(self.path).name
+
     @cached_property
     def arrays(self) -> dict[str, "torch.Tensor"]:
         """The arrays.
@@ -103,8 +108,8 @@ def record_probes(
             for done, batch in run.batches(texts):
                 progress(Step(stage="compare", message=f"probing {checkpoint.id}", done=done, total=len(texts)))
                 run.forward(batch)
-            run.save(directory, path)
-    return ProbeRecord.load(path / "record.json")
+            run.save(directory)
+    return ProbeRecord.load(path / "record.json").model_copy(update={"path": str(path)})
 
 
 @dataclass
@@ -186,8 +191,8 @@ class _Run:
                 self.rows[text.place] = self._kept(text, row, hidden, output)
                 self.tokens[text.place] = tuple(text.ids)
 
-    def save(self, directory: Path, final: Path) -> None:
-        """Write the record into `directory`, which will become `final`."""
+    def save(self, directory: Path) -> None:
+        """Write the record into a directory."""
         import torch
         from safetensors.torch import save_file
 
@@ -199,7 +204,7 @@ class _Run:
             arrays[name] = join(parts).contiguous()
         save_file(arrays, directory / "record.safetensors")
         ProbeRecord(
-            path=str(final),
+            path="",  # wherever the store is when it is loaded
             model=self.checkpoint.content_hash,
             tokens=tuple(self.tokens[place] for place in places),
             head=self.head,

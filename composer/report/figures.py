@@ -81,7 +81,7 @@ def dendrogram(matrix: SimilarityMatrix, joined: Sequence[Join], threshold: floa
         axes.plot([distance, limit], [row, row], color=OTHER, linewidth=0.8, linestyle=":")
     if 1 - threshold > floor:
         axes.axvline(1 - threshold, color="#b02a37", linewidth=0.9, linestyle="--")
-        axes.text(1 - threshold, -0.9, f"threshold {threshold:.6g}", color="#b02a37", fontsize=8, ha="center")
+        axes.text(1 - threshold, -0.9, f"threshold {threshold:.6g} ", color="#b02a37", fontsize=8, ha="right")
     if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(floor / 2, limit)

@@ -79,7 +79,8 @@ def compare(
     if not sound_zoo.members:
         raise ZooError(f"no model of the zoo can be used; the first: {next(iter(found.broken.values()))}")
     if signal.functional:
-        _compare_behaviour(sound_zoo, store, signal, probes, found, progress)
+        _compare_behaviour(sound_zoo, store, signal, probes, skip_broken, found, progress)
+        sound_zoo = zoo.without(found.broken)
     else:
         for group in groups:
             weights.compare([one for one in group if one.id not in found.broken])
@@ -167,7 +168,7 @@ class _Weights:
         value = moments.cosine(self.signal.kinds, columns=self.signal.per_column)
         for one, squares in ((first, moments.first_squares), (second, moments.second_squares)):
             if base is not None and not any(squares):
-                return value, f"{one.id} does not differ from the base, {base.id}"
+                return value, f"{one.id} does not differ from the base"
         return value, f"no tensor of {' or '.join(self.signal.modules)} with a direction in both"
 
     def _base(self, group: list[Checkpoint]) -> tuple[Checkpoint | None, str]:
@@ -197,6 +198,7 @@ def _compare_behaviour(
     store: Store,
     signal: SignalSection,
     probes: ProbesSection,
+    skip_broken: bool,
     found: _Findings,
     progress: Progress,
 ) -> None:
@@ -204,11 +206,19 @@ def _compare_behaviour(
     records = {}
     for index, member in enumerate(zoo.members):
         progress(Step(stage="compare", message=f"probing {member.id}", done=index, total=len(zoo.members)))
-        make_whole(member, store, progress)
-        records[member.id] = record_probes(member, texts, store)
-        found.record_bytes[member.id] = records[member.id].size_bytes
+        try:
+            make_whole(member, store, progress)
+            records[member.id] = record_probes(member, texts, store)
+        except ZooError as error:
+            if not skip_broken:
+                raise
+            found.broken[member.id] = str(error).removeprefix(f"model '{member.id}': ")
+        else:
+            found.record_bytes[member.id] = records[member.id].size_bytes
     progress(Step(stage="compare", message="comparing probe records"))
-    for ids, behaviour in compare_records([(one, records[one.id]) for one in zoo.members], store).items():
+    for ids, behaviour in compare_records(
+        [(one, records[one.id]) for one in zoo.members if one.id in records], store
+    ).items():
         if signal.signal == "logits":
             found.set(*ids, behaviour.overlap, behaviour.left_out.get("logits", ""))
         else:

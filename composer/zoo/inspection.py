@@ -94,7 +94,11 @@ def missing_downloads(section: ZooSection) -> dict[str, int]:
         references.append(ModelReference(model=section.base))
     missing: dict[str, int] = {}
     for reference in references:
-        missing |= downloads(reference)
+        try:
+            missing |= downloads(reference)
+        except ZooError:
+            if section.on_error == "stop":
+                raise
     return missing
 
 
@@ -169,6 +173,9 @@ def describe_remote(name: str, reference: ModelReference) -> Description:
             raise ZooError(f"{reference} is not on the hub")
         repository, revision = reference.repository
         home = hub.fetch(repository, revision, weights=False)
+        if not (home / "config.json").is_file():
+            what = "an adapter, described with its base" if (home / adapters.CONFIG).is_file() else "no checkpoint"
+            raise ZooError(f"{repository}: {what}; give BASE --adapter ADAPTER, or --file for a GGUF file in it")
         headers = hub.remote_headers(repository, revision)
         source = Source(kind="directory", path=str(home))
         files = {header.file for header in headers.values()}

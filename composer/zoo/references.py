@@ -86,7 +86,7 @@ def locate(reference: ModelReference, *, code: bool = False, progress: Progress 
 
 
 def downloads(reference: ModelReference) -> dict[str, int]:
-    """Return the bytes that `locate` would download, by repository; empty if nothing is missing.
+    """Return the bytes that `locate` would download, by repository (and file); empty if nothing is missing.
 
     Raises:
         ZooError: if the hub cannot say.
@@ -100,7 +100,7 @@ def downloads(reference: ModelReference) -> dict[str, int]:
         if found:
             size = hub.missing_bytes(*found, file=file)
             if size:
-                missing[found[0]] = size
+                missing["/".join(filter(None, ("@".join(filter(None, found)), file)))] = size
     return missing
 
 
