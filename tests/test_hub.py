@@ -55,7 +55,7 @@ def test_only_the_files_needed_are_downloaded_and_only_once(hub: Hub, ask: Cli, 
     path = recipe(tmp_path, "id: plain, model: org/stories", "id: math, model: org/math, revision: main")
     before = ask("plan", path)
     assert before.returncode == 0, before.stderr
-    assert "not here yet: org/stories, 0.00 GB" in before.stdout
+    assert "not here yet: org/stories, 9" in before.stdout
     assert "model.safetensors" not in fetched(hub), "a plan downloads nothing"
     result = ask("cluster", path, "--json")
     assert result.returncode == 0, result.stderr

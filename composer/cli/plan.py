@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import click
+from rich.filesize import decimal
 
 from composer.cli.options import json_option, print_json, recipe_arguments
 from composer.recipe import load_recipe
@@ -58,8 +59,8 @@ def _tell_downloads(downloads: dict[str, int], as_json: bool) -> None:
         print_json({"downloads": downloads})
         return
     for repository, size in downloads.items():
-        click.echo(f"not here yet: {repository}, {size / 1e9:.2f} GB")
+        click.echo(f"not here yet: {repository}, {decimal(size)}")
     click.echo(
-        f"'run' and 'cluster' download them first ({sum(downloads.values()) / 1e9:.2f} GB); "
+        f"'run' and 'cluster' download them first ({decimal(sum(downloads.values()))}); "
         "clusters, merges and their cost are known after that"
     )

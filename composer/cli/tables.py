@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -67,7 +68,7 @@ def _description(one: Description) -> dict[str, str]:
         "architecture": one.architecture + (" (code of its own)" if one.remote_code else ""),
         "parameters": f"{one.parameters:,}",
         "dtype": f"{one.dtype}, quantised ({one.quantisation})" if one.quantisation else kept,
-        "size": f"{one.size_bytes / 1e9:.2f} GB in {one.files} file{'s' if one.files != 1 else ''}",
+        "size": f"{decimal(one.size_bytes)} in {one.files} file{'s' if one.files != 1 else ''}",
         "layers": str(one.layers),
         "hidden": f"{one.hidden_size}, MLP {one.intermediate_size}",
         "heads": f"{one.heads}, {one.kv_heads} for keys and values",
@@ -103,10 +104,11 @@ def print_clusters(matrix: SimilarityMatrix, clusters: tuple[Cluster, ...], skip
     if matrix.base:
         console.print(Text(f"task vectors start at {matrix.base}: {matrix.base_reason}"))
     if matrix.record_bytes:
-        sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in matrix.record_bytes.items())
+        sizes = ", ".join(f"{name} {decimal(size)}" for name, size in matrix.record_bytes.items())
         console.print(Text(f"probe records: {sizes}"))
-    read = f"read {matrix.read_bytes / 1e9:.2f} GB of weights" if matrix.read_bytes else "read no weights: all known"
-    console.print(f"{len(matrix.ids)} models in {len(clusters)} clusters; {read}")
+    read = f"read {decimal(matrix.read_bytes)} of weights" if matrix.read_bytes else "read no weights: all known"
+    count = f"{len(clusters)} cluster{'s' if len(clusters) != 1 else ''}"
+    console.print(f"{len(matrix.ids)} models in {count}; {read}")
 
 
 def print_evidence(evidence: Evidence) -> None:

@@ -25,8 +25,10 @@ def load_texts(texts: str, limit: int, characters: int) -> tuple[str, ...]:
     path = DEFAULT if texts == "default" else Path(texts)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"probes.texts: {path} cannot be read as text ({error}); give a UTF-8 file") from None
+    except OSError as error:
+        raise RecipeError(f"probes.texts: {path} cannot be read ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"probes.texts: {path} is not UTF-8 text") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if path.suffix == ".jsonl" and line.strip():
