@@ -144,3 +144,14 @@ def test_what_is_no_lora_adapter(tmp_path: Path, store: Store) -> None:
     file.unlink()
     with pytest.raises(ZooError, match=r"no adapter_config.json"):
         inspect_checkpoint("m", reference, store)
+
+
+def test_an_adapter_that_is_not_finite_is_named(tmp_path: Path, store: Store) -> None:
+    make_adapter(tmp_path / "adapter", **KINDS["plain"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
+    save_file(tensors, file)
+    found = inspect_checkpoint("m", ModelReference(model=str(BASE), adapter=str(tmp_path / "adapter")), store)
+    with pytest.raises(ZooError, match=r"model 'm': .*adapter_model.safetensors: tensor .* holds NaN or infinite"):
+        compare(Zoo(members=(found,)), store)

@@ -75,6 +75,12 @@ class FoldedWeights:
             self._deltas[target] = self._delta(module, target, names)
         for target, name in self._replaced.items():
             self._fits(name, self._adapter_headers[name].shape, target)
+        changed = self._deltas.keys() | self._replaced.keys()
+        # Errors in a changed tensor point at the adapter; errors of the base alone show where the base is read.
+        self.headers = {
+            name: header.model_copy(update={"file": str(self._file)}) if name in changed else header
+            for name, header in base.headers.items()
+        }
 
     def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Return rows `start` to `stop` with the adapter folded in; see `Weights.read`."""
