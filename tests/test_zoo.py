@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -180,8 +180,8 @@ def test_a_header_whose_shape_does_not_fit_its_bytes(model: Path, store: Store) 
     assert "tensor model.norm.weight has" in refusal(model, store)
 
 
-def test_a_hundred_billion_parameters_are_described_in_seconds(tmp_path: Path, store: Store) -> None:
-    """400 shards of empty, sparse files: only headers can be read in that time."""
+def test_a_hundred_billion_parameters_are_described_from_headers(tmp_path: Path, store: Store) -> None:
+    """400 shards of empty, sparse files, 200 GB to whoever reads them: only headers are read."""
     directory = tmp_path / "giant"
     shutil.copytree(MODELS / "stories", directory)
     (directory / "model.safetensors").unlink()
@@ -204,9 +204,9 @@ def test_a_hundred_billion_parameters_are_described_in_seconds(tmp_path: Path, s
             stream.truncate(8 + len(header) + end)
         index |= dict.fromkeys(entries, file.name)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    began = time.monotonic()
+    before = psutil.Process().io_counters().read_chars
     found = describe("giant", directory, store)
-    assert time.monotonic() - began < 10
+    assert psutil.Process().io_counters().read_chars - before < 10_000_000
     assert found.parameters == layers * (4 * hidden**2 + 3 * hidden * inner) > 1e11
     assert found.files == shards
 
