@@ -219,6 +219,9 @@ def test_broken_models_are_skipped_where_the_recipe_says_so(model: Path, store: 
     zoo = inspect_zoo(ZooSection(models=entries, on_error="skip"), store)
     assert zoo.ids == ("good",)
     assert "truncated" in zoo.skipped["bad"]
+    without = inspect_zoo(ZooSection(models=entries[:1], base=str(model), on_error="skip"), store)
+    assert without.base is None
+    assert "truncated" in without.skipped["base"]
     with pytest.raises(ZooError, match=r"no model of the zoo can be used; the first: .*truncated"):
         inspect_zoo(ZooSection(models=entries[1:], on_error="skip"), store)
 

@@ -71,9 +71,15 @@ def inspect_zoo(section: ZooSection, store: Store, progress: Progress = silent) 
     stated, base_reason = (ModelReference(model=section.base), None) if section.base else _common_base(members)
     base = None
     if stated is not None:
-        base = inspect_checkpoint("base", stated, store, **options)
+        try:
+            base = inspect_checkpoint("base", stated, store, **options)
+        except ZooError as error:
+            if section.on_error == "stop":
+                raise
+            skipped["base"] = str(error).removeprefix("model 'base': ")
+    if base is not None:
         same = next((member for member in members if member.content_hash == base.content_hash), None)
-        base = base.renamed(same.id if same else "base")
+        base = base.renamed(same.id) if same else base
     return Zoo(
         members=tuple(members),
         base=base,
