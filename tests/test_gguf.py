@@ -15,7 +15,6 @@ from composer.merging.mergekit_backend import make_merge
 from composer.merging.plan import MergeStep
 from composer.similarity import compare
 from composer.zoo import ModelReference, Zoo, inspect_checkpoint, make_whole, open_weights
-from composer.zoo.kinds import layer_of
 from tests.conftest import MODELS
 
 BASE = MODELS / "stories"
@@ -71,8 +70,7 @@ def write_gguf(file: Path, kind: str = "Q8_0", source: Path = BASE) -> Path:
         short = name
         for theirs, ours in NAMES.items():
             short = short.replace(theirs, ours)
-        layer = layer_of(name)
-        short = short if layer is None else short.replace(f"model.layers.{layer}", f"blk.{layer}")
+        short = short.replace("model.layers.", "blk.")
         quantised = TYPES[kind]
         if values.ndim == 1:
             writer.add_tensor(short, values)

@@ -118,6 +118,13 @@ def test_streamed_equals_direct(drawn: tuple[list[Tensors], torch.dtype, int], b
                     assert moments.second_squares[place] == pytest.approx(float(y.square().sum()), rel=1e-6)
                     assert moments.both_nonzero[place] == int(((x != 0) & (y != 0)).sum())
                     assert moments.same_signs[place] == int((x * y > 0).sum())
+                x, y = (torch.cat([values[m.id][n].flatten() for n in sorted(values[m.id])]) for m in (a, b))
+                both = (x != 0) & (y != 0)
+                if both.any():
+                    share = float((x * y > 0).sum() / both.sum())
+                    assert moments.sign_agreement(ALL) == pytest.approx(share, abs=1e-6)
+                if x.any():
+                    assert moments.norm_ratio(ALL) == pytest.approx(float(y.norm() / x.norm()), rel=1e-6)
 
 
 def zoo_of(directory: Path, store: Store, count: int, **extra: torch.Tensor) -> list[Checkpoint]:

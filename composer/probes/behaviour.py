@@ -67,10 +67,9 @@ def compare_records(members: Sequence[Member], store: Store) -> dict[tuple[str, 
     for first, second in combinations(members, 2):
         ids = first[0].id, second[0].id
         path = _path(first, second, store)
-        reason = _incomparable(first, second)
         if path.is_file():
             found[ids] = _oriented(Behaviour.load(path), first, second)
-        elif reason is not None:
+        elif (reason := _incomparable(first, second)) is not None:
             found[ids] = Behaviour(left_out={"logits": reason})
         else:
             vocabularies = sorted({_vocabulary(first[0]), _vocabulary(second[0])})

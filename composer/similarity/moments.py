@@ -89,6 +89,12 @@ class MomentsCache:
             return None
         return moments if first <= second else moments.reversed()
 
+    def has(self, first: str, second: str, base: str | None, *, columns: bool) -> bool:
+        """Return whether `load` would find the moments, without reading them where that can be told."""
+        if columns:
+            return self.load(first, second, base, columns=True) is not None
+        return self._path(first, second, base).is_file()
+
     def save(self, first: str, second: str, base: str | None, moments: Moments) -> None:
         """Keep the moments of two models."""
         (moments if first <= second else moments.reversed()).save(self._path(first, second, base))

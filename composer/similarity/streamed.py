@@ -96,7 +96,7 @@ def _missing(
     for first, second in combinations(models, 2):
         needed = [None] if base is None or base.id in (first.id, second.id) else [None, base.content_hash]
         hashes = first.content_hash, second.content_hash
-        if any(cache.load(*hashes, one, columns=columns) is None for one in needed):
+        if not all(cache.has(*hashes, one, columns=columns) for one in needed):
             missing.add(frozenset((first.id, second.id)))
     return missing
 
@@ -326,9 +326,10 @@ class _Reader:
         columns = _Columns(self.fresh, count, width) if matrix else None
         delta_columns = _Columns(self.fresh, count, width) if matrix and self.base is not None else None
         step = max(1, BLOCK_ELEMENTS // count // max(1, width))
-        buffer = torch.empty(count * _whole_runs(min(step, self._most_rows(name, headers)) * width), dtype=dtype)
         aligned = is_vocabulary(name) and self._rows_differ(headers)
-        for parts, present in self._aligned(name, step) if aligned else self._blocks(name, headers[0].rows, step):
+        rows = int(self._places.shape[1]) if aligned else headers[0].rows
+        buffer = torch.empty(count * _whole_runs(min(step, rows) * width), dtype=dtype)
+        for parts, present in self._aligned(name, step) if aligned else self._blocks(name, rows, step):
             length = parts[0].numel()
             block = buffer[: count * _whole_runs(length)].view(count, -1)
             block[:, length:] = 0
@@ -382,11 +383,6 @@ class _Reader:
                 block[index][block[index] >= one.headers[name].rows] = -1
                 parts.append(self._gather(index, name, block[index]))
             yield parts, (block >= 0).double()
-
-    def _most_rows(self, name: str, headers: list[TensorHeader]) -> int:
-        """Return the number of rows of the longest run through a tensor."""
-        aligned = is_vocabulary(name) and self._rows_differ(headers)
-        return int(self._places.shape[1]) if aligned else headers[0].rows
 
     def _gather(self, index: int, name: str, rows: "torch.Tensor") -> "torch.Tensor":
         """Return the given rows of a tensor, zeros for -1; neighbours are read together."""

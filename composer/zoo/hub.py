@@ -63,17 +63,13 @@ def fetch(
         DiskFullError: if there is no room.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     options: dict[str, Any] = {"revision": revision, "tqdm_class": _bar(repository, progress)}
     with _hub_errors(repository, revision):
-        try:
-            names = _names(repository, revision)  # what is listed decides what is fetched
-        except HfHubHTTPError:
-            raise
-        except _unreachable():  # what was fetched before still serves
+        names = _names(repository, revision)  # what is listed decides what is fetched
+        if names is None:  # what was fetched before still serves
             return _cached(repository, revision, weights)
-        wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in DESCRIPTION)]
+        wanted = _descriptions(names)
         if code:
             wanted += [name for name in names if name.endswith(".py") and "/" not in name]
         if weights:
@@ -113,20 +109,15 @@ def missing_bytes(repository: str, revision: str | None = None, *, file: str | N
         ZooError: as `fetch`.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     with _hub_errors(repository, revision):
-        try:
-            names = _names(repository, revision)
-        except HfHubHTTPError:
-            raise
-        except _unreachable():
+        names = _names(repository, revision)
+        if names is None:
             _cached(repository, revision, weights=True)
             return 0
-        patterns = [name for name in names if any(fnmatch(name, pattern) for pattern in DESCRIPTION)]
-        patterns += _weight_names(repository, names, file)
+        wanted = _descriptions(names) + _weight_names(repository, names, file)
         files = snapshot_download(
-            repository, revision=revision, allow_patterns=[_literal(name) for name in patterns], dry_run=True
+            repository, revision=revision, allow_patterns=[_literal(name) for name in wanted], dry_run=True
         )
         return sum(int(one.file_size or 0) for one in files if one.will_download)
 
@@ -146,10 +137,21 @@ def _cached(repository: str, revision: str | None, weights: bool) -> Path:
         return Path(path)
 
 
-def _names(repository: str, revision: str | None) -> list[str]:
+def _names(repository: str, revision: str | None) -> list[str] | None:
+    """Return the files of a repository, or None if the hub does not answer."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return [sibling.rfilename for sibling in HfApi().model_info(repository, revision=revision).siblings or []]
+    try:
+        return [sibling.rfilename for sibling in HfApi().model_info(repository, revision=revision).siblings or []]
+    except HfHubHTTPError:  # an answer, though not the one hoped for
+        raise
+    except _unreachable():
+        return None
+
+
+def _descriptions(names: list[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in DESCRIPTION)]
 
 
 def _weight_names(repository: str, names: list[str], file: str | None) -> list[str]:

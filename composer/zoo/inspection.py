@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -347,17 +347,14 @@ def _content_hash(one: Description, store: Store, progress: Progress) -> str:
     if one.source.kind == "gguf":
         files = [Path(one.source.path)]
     else:
-        files = _hashed_files(Path(one.source.path), weight_files(Path(one.source.path)))
+        path = Path(one.source.path)
+        files = [path / "config.json", *weight_files(path), *(path / name for name in TOKENIZER_FILES)]
     hashes = _hashes(one.id, files, store, progress)
     if one.source.adapter is None:
         return digest(hashes)
     adapter = Path(one.source.adapter)
     parts = [adapter / adapters.CONFIG, adapter / adapters.WEIGHTS, *(adapter / name for name in TOKENIZER_FILES)]
     return digest([hashes, _hashes(one.id, parts, store, progress)])
-
-
-def _hashed_files(path: Path, weights: Iterable[Path]) -> list[Path]:
-    return [path / "config.json", *weights, *(path / name for name in TOKENIZER_FILES)]
 
 
 def _hashes(name: str, files: list[Path], store: Store, progress: Progress) -> dict[str, str]:
@@ -374,15 +371,11 @@ def _hashes(name: str, files: list[Path], store: Store, progress: Progress) -> d
 
 def _file_hash(file: Path, store: Store) -> str:
     """Return a file's sha256, remembered by path, size and modification time."""
-    known = _known_hash(file, store)
+    status = file.stat()
+    known = store.path("hashes", digest([str(file.resolve()), status.st_size, status.st_mtime_ns]))
     if known.is_file():
         return known.read_text().strip()
     with file.open("rb") as stream:
         value = hashlib.file_digest(stream, "sha256").hexdigest()
     write_text(known, value + "\n")
     return value
-
-
-def _known_hash(file: Path, store: Store) -> Path:
-    real, status = file.resolve(), file.stat()
-    return store.path("hashes", digest([str(real), status.st_size, status.st_mtime_ns]))

@@ -14,7 +14,6 @@ _PATTERNS: tuple[tuple[ModuleKind, str], ...] = (
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|embed_in|embed_out|wte|lm_head|word_embeddings|output|shared)\.(weight|bias)$"
 )
-_LAYER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
 
 def kind_of(name: str) -> ModuleKind:
@@ -28,9 +27,3 @@ def kind_of(name: str) -> ModuleKind:
 def is_vocabulary(name: str) -> bool:
     """Return whether a tensor has a row for each token."""
     return bool(_VOCABULARY.search(name))
-
-
-def layer_of(name: str) -> int | None:
-    """Return the number of the layer a tensor belongs to, from 0, or None."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None

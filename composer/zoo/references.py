@@ -45,11 +45,6 @@ class Source(Value):
         """Whether it is an ordinary Hugging Face directory as it stands."""
         return self.kind == "directory" and self.adapter is None
 
-    @property
-    def files(self) -> list[Path]:
-        """Everything whose change changes the model: directories and files."""
-        return [Path(self.path)] + ([Path(self.adapter)] if self.adapter else [])
-
 
 def absolute(text: str, folder: Path) -> str:
     """Return a model's path made absolute; what has the form of a hub id and is no path here stays as it is."""
