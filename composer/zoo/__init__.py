@@ -15,7 +15,7 @@ from composer.zoo.inspection import (
     open_weights,
 )
 from composer.zoo.references import ModelReference, Source
-from composer.zoo.weights import SafetensorsWeights, TensorHeader, Weights, read_blocks, read_headers
+from composer.zoo.weights import MappedWeights, SafetensorsWeights, TensorHeader, Weights, read_blocks, read_headers
 from composer.zoo.whole import make_whole
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "Description",
     "Lineage",
+    "MappedWeights",
     "ModelReference",
     "SafetensorsWeights",
     "Source",

@@ -26,8 +26,14 @@ class Lineage(Value):
     """Ids of the inputs, in order."""
     input_hashes: tuple[str, ...]
     """Content hashes of the inputs, in the same order."""
-    parameters: dict[str, float | bool | list[float]]
+    parameters: dict[str, float | bool | list[float | list[float]]]
+    """A list has one value per input; a list in it, or for the whole merge, one per group of layers."""
     base: str | None = None
+    """Content hash of the base that task vectors start from."""
+    seed: int | None = None
+    """Seed of random masks, where there are any."""
+    licences: dict[str, str | None] = {}
+    """Licences of inputs and base, by id."""
     dequantised: dict[str, str] = {}
     """Models in it that had been quantised, with the type they had, e.g. "Q4_K"."""
 

@@ -14,6 +14,7 @@ _PATTERNS: tuple[tuple[ModuleKind, str], ...] = (
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|embed_in|embed_out|wte|lm_head|word_embeddings|output|shared)\.(weight|bias)$"
 )
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 def kind_of(name: str) -> ModuleKind:
@@ -27,3 +28,21 @@ def kind_of(name: str) -> ModuleKind:
 def is_vocabulary(name: str) -> bool:
     """Return whether a tensor has a row for each token."""
     return bool(_VOCABULARY.search(name))
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer a tensor is in, or None for embeddings, final norm and head."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def in_layer(name: str, layer: int) -> str:
+    """Return the name that a layer's tensor has in another layer."""
+    found = _LAYER.search(name)
+    return name if found is None else f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
+
+
+def layer_prefix(name: str) -> str:
+    """Return what the names of all tensors of a layer begin with, up to the dot after its number."""
+    found = _LAYER.search(name)
+    return name[: found.end()] if found else ""

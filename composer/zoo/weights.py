@@ -1,9 +1,11 @@
 """Weights: tensor headers without weights, and weights a few rows at a time.
 
-Files are read with plain reads, not mapped: what is held is what was asked for, however large the model is.
+Files are read with plain reads: what is held is what was asked for, however large the model is. Only what goes over
+the same weights again and again has them mapped (`MappedWeights`).
 """
 
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from math import prod
@@ -103,6 +105,43 @@ class SafetensorsWeights:
     def read(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Return rows `start` to `stop`; see `Weights.read`."""
         return read_tensor(self.headers[name], name, start, stop)
+
+
+class MappedWeights(SafetensorsWeights):
+    """The weights of a Hugging Face directory, mapped: for what goes over all of them again and again.
+
+    Mapped pages are the file's own, in the page cache; nothing is copied until it is computed with.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._files: dict[str, mmap.mmap] = {}
+
+    def flat(self, name: str) -> "torch.Tensor":
+        """Return a tensor's elements in one dimension, in their storage type; not to be written to."""
+        import torch
+
+        header = self.headers[name]
+        if not header.elements:
+            return torch.empty(0, dtype=header.torch_dtype)
+        return torch.frombuffer(
+            self._file(header.file), dtype=header.torch_dtype, count=header.elements, offset=header.offset
+        )
+
+    def release(self, name: str) -> None:
+        """Give a tensor's pages back to the system, which keeps them in its cache as long as there is room."""
+        header = self.headers[name]
+        start = -(-header.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (header.offset + header.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0:
+            self._file(header.file).madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _file(self, path: str) -> mmap.mmap:
+        if path not in self._files:
+            with Path(path).open("rb") as file:
+                # Private pages: torch wants to be able to write, and must not reach the file.
+                self._files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._files[path]
 
 
 def read_tensor(header: TensorHeader, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
