@@ -112,6 +112,27 @@ def record_probes(
     return ProbeRecord.load(path / "record.json").model_copy(update={"path": str(path)})
 
 
+def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, Any]:
+    """Return a checkpoint's tokenizer and model, in float32 on a CPU, in its own type on a GPU.
+
+    Raises:
+        ZooError: if transformers cannot load them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"local_files_only": True, "trust_remote_code": checkpoint.remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=torch.float32 if device == "cpu" else "auto", **options
+        )
+    except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
+        reason = first_line(error)
+        raise ZooError(f"model '{checkpoint.id}': transformers cannot load it: {reason}") from error
+    return tokenizer, model.to(device).eval()
+
+
 @dataclass
 class _Text:
     """A text as one model's tokenizer sees it."""
@@ -136,19 +157,7 @@ class _Run:
     tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        options = {"local_files_only": True, "trust_remote_code": self.checkpoint.remote_code}
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.checkpoint.path, **options)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                self.checkpoint.path, dtype=torch.float32 if self.device == "cpu" else "auto", **options
-            )
-        except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
-            reason = first_line(error)
-            raise ZooError(f"model '{self.checkpoint.id}': transformers cannot load it: {reason}") from error
-        self.model.to(self.device).eval()
+        self.tokenizer, self.model = load_model(self.checkpoint, self.device)
         self.attention = AttentionSummary.of(self.model, DEPTHS)
         if self.attention is None:
             self.left_out["attention"] = f"{self.checkpoint.architecture} does not let its attention be watched"
