@@ -1,11 +1,11 @@
-"""Scoring a checkpoint in this process, with lm-eval's own transformers model."""
+"""Scoring a checkpoint in this process, as lm-eval's own transformers model does."""
 
 from typing import Any
 
 from composer.artefacts import Store, digest
 from composer.errors import EvaluationError, first_line
 from composer.evaluation.scores import Scores
-from composer.evaluation.tasks import Split, run_tasks
+from composer.evaluation.tasks import Split
 from composer.zoo import Checkpoint
 
 
@@ -17,11 +17,17 @@ def score_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batc
         split: The items.
         store: Keeps the scores under the content hash of the checkpoint and of the items.
         batch_size: Items scored at once.
+
+    Raises:
+        EvaluationError: if transformers cannot load it, or its log-likelihoods are not finite.
     """
+    from composer.evaluation.live import LiveScorer
+
     known = store.path("scores", digest([checkpoint.content_hash, split.name, split.fingerprint]) + ".json")
     if known.is_file():
         return Scores.load(known).model_copy(update={"subject": checkpoint.id})
-    scores = run_tasks(load_model(checkpoint, batch_size), split, checkpoint.id)
+    loaded = load_model(checkpoint, batch_size)
+    scores = LiveScorer(loaded.model, loaded.tokenizer, split, batch_size=batch_size).score(checkpoint.id)
     scores.save(known)
     return scores
 

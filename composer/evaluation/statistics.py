@@ -1,5 +1,9 @@
 """Intervals for differences between two subjects on the same items."""
 
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, variance
+
 from composer.evaluation.scores import Scores
 
 RESAMPLES = 10_000
@@ -26,3 +30,39 @@ def paired_interval(first: Scores, second: Scores, *, seed: int = 0, level: floa
     tail = (1 - level) / 2 * 100
     low, high = np.percentile(total / count, [tail, 100 - tail])
     return point / count, float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How far one subject is ahead of another on the items both were scored on."""
+
+    mean: float
+    """Mean over tasks of the mean difference."""
+    error: float
+    """Its standard error, from the paired differences within each task."""
+
+    def beyond(self, errors: float) -> bool:
+        """Return whether the gain is above zero by more than so many standard errors."""
+        return self.mean > errors * self.error and self.mean > 0
+
+    def behind(self, errors: float) -> bool:
+        """Return whether even so many standard errors above its mean, the gain is below zero."""
+        return self.mean + errors * self.error < 0
+
+
+def paired_gain(first: Scores, second: Scores) -> Gain:
+    """Return how far `first` is ahead of `second` on the items that both have, task by task.
+
+    The standard error of a stratified mean (Cochran, Sampling Techniques, section 5.4), every task with the same
+    weight; a task with one common item adds the variance of nothing.
+    """
+    means, variances = [], []
+    for task in first.tasks:
+        other = next((one.items for one in second.tasks if one.task == task.task), {})
+        differences = [value - other[item] for item, value in task.items.items() if item in other]
+        if differences:
+            means.append(fmean(differences))
+            variances.append(variance(differences) / len(differences) if len(differences) > 1 else 0.0)
+    if not means:
+        return Gain(0.0, float("inf"))
+    return Gain(fmean(means), sqrt(sum(variances)) / len(means))
