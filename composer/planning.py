@@ -5,7 +5,8 @@ Door: `make_plan`.
 
 from composer.clustering import Cluster
 from composer.errors import MergeError, RecipeError
-from composer.merging.plan import MergePlan, MergeStep
+from composer.merging.operators import OPERATORS
+from composer.merging.plan import MergePlan
 from composer.merging.strategies import STRATEGIES
 from composer.recipe import Recipe
 from composer.value import Value
@@ -19,7 +20,11 @@ ENGINE_GB = 1.3
 ENGINE_START = 30.0
 """Seconds an engine takes to start."""
 MERGE_RATE = 150e6
-"""Bytes of input merged per second."""
+"""Bytes of input merged and written per second."""
+TRIAL_RATE = 1e9
+"""Bytes of input merged per second into a living model."""
+LOAD_SECONDS = 1.5
+"""Seconds it takes to load a checkpoint."""
 FLOPS = 1e11
 """Floating-point operations per second when scoring short items."""
 ITEM_TOKENS = 300
@@ -42,8 +47,10 @@ class Cost(Value):
     seconds: float
     evaluations: int
     """Checkpoints scored on the proxy split, at most."""
+    trials: int
+    """Merges tried in memory and scored on the proxy split, at most."""
     merges: int
-    """Merges made, at most."""
+    """Merges written, at most."""
     engines: int
     """Engines started, at least."""
 
@@ -75,15 +82,12 @@ def make_plan(
     """
     _check_examples(zoo, clusters)
     _check_skipped(recipe, zoo)
-    steps = tuple(
-        MergeStep(name=one.name, operator=one.operator, inputs=tuple(one.models), parameters=one.parameters)
-        for one in recipe.merge.merges
-    )
+    _check_bases(recipe, zoo)
     plans = []
     for cluster in clusters:
         # A merge needs two, whatever the strategy.
         name = recipe.merge.strategy if len(cluster.members) > 1 else "none"
-        plans.append(STRATEGIES.get(name).plan(cluster, steps, recipe.merge.accept == "proxy"))
+        plans.append(STRATEGIES.get(name).plan(cluster, recipe.merge))
     return Plan(
         clusters=clusters,
         merges=tuple(plans),
@@ -99,6 +103,14 @@ def _check_examples(zoo: Zoo, clusters: tuple[Cluster, ...]) -> None:
                 f"{cluster.id} ({', '.join(cluster.members)}) has no example requests, so no prompt could find it; "
                 f"give 5 to 10 under zoo.models.{name}.examples"
             )
+
+
+def _check_bases(recipe: Recipe, zoo: Zoo) -> None:
+    section = recipe.merge
+    used = [one.operator for one in section.merges] if section.strategy == "fixed" else section.operators
+    for name in used if section.strategy != "none" else ():
+        if OPERATORS.get(name).start == "base" and zoo.base is None:
+            raise MergeError(f"operator '{name}' works on task vectors; set zoo.base in the recipe")
 
 
 def _check_skipped(recipe: Recipe, zoo: Zoo) -> None:
@@ -129,6 +141,8 @@ def _cost(
         size = sum(zoo[name].size_bytes for name in plan.members)
         seconds += plan.merges * size / MERGE_RATE
         seconds += plan.evaluations * _score_seconds(zoo[plan.members[0]], proxy)
+        trial = size / TRIAL_RATE + _score_seconds(zoo[plan.members[0]], proxy) - LOAD_SECONDS
+        seconds += plan.trials * trial / (recipe.workers or 1)
     seconds += sum(_score_seconds(member, held_out) for member in zoo.members)
     seconds += _score_seconds(largest, held_out)  # the composite
     serving = PROCESS_GB + sum(ENGINE_GB + 4e-9 * one.parameters + recipe.serve.kv_cache_mb / 1024 for one in served)
@@ -139,10 +153,11 @@ def _cost(
         disk_gb=round(disk / 1e9, 3),
         seconds=round(seconds),
         evaluations=sum(plan.evaluations for plan in plans),
+        trials=sum(plan.trials for plan in plans),
         merges=sum(plan.merges for plan in plans),
         engines=engines,
     )
 
 
 def _score_seconds(checkpoint: Checkpoint, items: int) -> float:
-    return 1.5 + items * (ITEM_SECONDS + 2.0 * checkpoint.parameters * ITEM_TOKENS / FLOPS)
+    return LOAD_SECONDS + items * (ITEM_SECONDS + 2.0 * checkpoint.parameters * ITEM_TOKENS / FLOPS)

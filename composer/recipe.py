@@ -7,9 +7,9 @@ error that gives the file, the line, what was read and the nearest right name.
 import os
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -38,6 +38,11 @@ class Recipe(Section):
     mixture: MixtureSection = MixtureSection()
     serve: ServeSection = ServeSection()
     evaluate: EvaluateSection
+    executor: Literal["local", "ray"] = "local"
+    """Where merges are tried and models scored: in this process, or fanned out over a Ray cluster (the one that
+    RAY_ADDRESS names, else one on this machine). All nodes must see the models and the runs directory."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """For `ray`: how many models are in work at a time; by default one for each GPU, else for every two cores."""
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:

@@ -25,6 +25,7 @@ from composer.evaluation.endpoint import ComposedModel
 from composer.evaluation.tasks import run_tasks
 from composer.merging.merge import merge_cluster
 from composer.merging.plan import MergeOutcome
+from composer.merging.trials import TrialLog
 from composer.merging.workbench import Workbench
 from composer.mixture import MANIFEST, Composite, build_composite, choose_experts
 from composer.planning import Plan, make_plan
@@ -133,15 +134,16 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
     """Carry out the plan of one cluster."""
     session = runtime.context.session
     with session.one_at_a_time, stage("merge", runtime, cluster=state["cluster"]) as progress:
-        section = session.run.recipe.merge
         mine = next(one for one in Plan.load(state["plan"]).merges if one.cluster == state["cluster"])
+        split = session.split("proxy")
         workbench = Workbench(
             zoo=Zoo.load(state["zoo"]),
-            store=session.run.store,
-            score=session.score,
-            accept=section.accept,
-            dtype=section.dtype,
-            seed=section.seed,
+            cluster=mine.cluster,
+            section=session.run.recipe.merge,
+            executor=session.executor,
+            log=TrialLog(session.run.store.root / "trials.sqlite"),
+            proxy={items.name: items.hashes for items in split.tasks},
+            fingerprint=split.fingerprint,
             progress=progress,
         )
         outcome = merge_cluster(mine, workbench)
@@ -153,6 +155,7 @@ def mix(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]
     session = runtime.context.session
     with stage("mix", runtime) as progress:
         progress(Step(stage="mix", message="choosing experts and building the router"))
+        session.rest()  # the model that merges were tried in
         recipe = session.run.recipe
         outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
         experts, left_out = choose_experts(Zoo.load(state["zoo"]), outcomes, session.score)
@@ -223,9 +226,11 @@ def _baselines(zoo: Zoo, composite: Composite, session: Session, progress: Progr
     if zoo.base is not None and zoo.base.id not in zoo.ids:
         rows.append((zoo.base, "base"))
     subjects = []
-    for index, (checkpoint, role) in enumerate(rows):
-        progress(Step(stage="evaluate", message=f"baseline {checkpoint.id}", done=index, total=len(rows)))
-        subjects.append(Subject(role=role, scores=session.score(checkpoint, "held_out")))
+    calls = [(checkpoint, "held_out") for checkpoint, _ in rows]
+    progress(Step(stage="evaluate", message="baselines", done=0, total=len(rows)))
+    for (checkpoint, role), scores in zip(rows, session.executor.map("score", calls), strict=True):
+        subjects.append(Subject(role=role, scores=scores))
+        progress(Step(stage="evaluate", message=f"baseline {checkpoint.id}", done=len(subjects), total=len(rows)))
     return subjects
 
 

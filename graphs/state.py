@@ -1,14 +1,16 @@
 """What the compose graph remembers between nodes: paths and flags, never tensors or tables."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from operator import add
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, TypedDict
 
-from composer.evaluation.in_process import score_checkpoint
 from composer.evaluation.scores import Scores
 from composer.evaluation.tasks import Split, split_of
+from composer.executors import Executor, make_executor
+from composer.merging.judge import Judge
 from composer.progress import Progress
 from composer.runs import Run
 from composer.serving.server import Server
@@ -75,6 +77,7 @@ class Session:
     """Held by each merge branch: they share the cores and the memory of one machine. (LangGraph's own
     `max_concurrency: 1` blocks itself when custom events are streamed.)"""
     _splits: dict[str, Split] = field(default_factory=dict)
+    _executor: Executor[Judge] | None = None
 
     def split(self, name: str) -> Split:
         """Return the items of the "proxy" or "held_out" split; loaded once a process."""
@@ -82,10 +85,25 @@ class Session:
             self._splits[name] = split_of(self.run.recipe.evaluate, name)
         return self._splits[name]
 
+    @property
+    def executor(self) -> Executor[Judge]:
+        """Where merges are tried and checkpoints scored; started on first use."""
+        if self._executor is None:
+            recipe = self.run.recipe
+            splits = self._splits if recipe.executor == "local" else {}
+            make = partial(Judge, recipe.evaluate, recipe.probes, self.run.store.root.resolve(), splits)
+            self._executor = make_executor(recipe.executor, make, recipe.workers)
+        return self._executor
+
+    def rest(self) -> None:
+        """Let go of the models that the executor holds; it starts again when it is used again."""
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
     def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
-        """Score a checkpoint in this process; measured once per checkpoint and items, ever."""
-        batch = self.run.recipe.evaluate.batch_size
-        return score_checkpoint(checkpoint, self.split(split), self.run.store, batch_size=batch)
+        """Score a checkpoint; measured once per checkpoint and items, ever."""
+        return next(iter(self.executor.map("score", [(checkpoint, split)])))  # type: ignore[no-any-return]
 
     def serving(self, composite: str, progress: Progress) -> Server:
         """Return the composite's server, started if this process has not started it yet."""
@@ -94,7 +112,8 @@ class Session:
         return self.server
 
     def close(self) -> None:
-        """Stop the server, if it runs."""
+        """Stop the server and the executor, if they run."""
+        self.rest()
         if self.server is not None:
             self.server.stop()
             self.server = None

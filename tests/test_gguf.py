@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer.artefacts import Store
 from composer.errors import ZooError
-from composer.merging.mergekit_backend import make_merge
+from composer.merging.engine.export import export
+from composer.merging.engine.merge import Merge, Shelf
 from composer.merging.plan import MergeStep
 from composer.similarity import compare
 from composer.zoo import ModelReference, Zoo, inspect_checkpoint, make_whole, open_weights
@@ -127,7 +128,8 @@ def test_it_is_compared_and_merged_with_what_it_came_from(tmp_path: Path, store:
     assert 0.999 < value < 1
     make_whole(found, store)
     other = inspect_checkpoint("m2", Path(found.path), store)
-    merged = make_merge(MergeStep(name="merged", operator="linear", inputs=("m", "m2")), [found, other], None, store)
+    step = MergeStep(name="merged", operator="linear", inputs=("m", "m2"))
+    merged = export(Merge(step, [found, other], None, Shelf()), "merged", store)
     assert merged.lineage is not None
     assert merged.lineage.dequantised == {"m": "Q8_0"}
 
@@ -180,5 +182,6 @@ def test_a_merge_takes_the_original_tokenizer_and_says_what_differs(tmp_path: Pa
     assert matrix.gate("plain", "m") is None
     assert "merges rebuilt from a GGUF file" in (matrix.note("plain", "m") or "")
     make_whole(found, store)
-    merged = make_merge(MergeStep(name="x", operator="linear", inputs=("m", "plain")), [found, plain], None, store)
+    step = MergeStep(name="x", operator="linear", inputs=("m", "plain"))
+    merged = export(Merge(step, [found, plain], None, Shelf()), "x", store)
     assert merged.tokenizer == plain.tokenizer

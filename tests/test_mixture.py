@@ -53,7 +53,7 @@ def test_a_rejected_model_stays_only_where_it_is_ahead(zoo: Zoo) -> None:
     experts, left_out = choose_experts(zoo, [outcome], score)
     assert [expert.id for expert in experts] == ["merged-1", science]
     assert "it is ahead on b" in experts[1].reason
-    assert left_out == {web: "merging it in lowers the proxy score, and it beats merged-1 on no proxy task"}
+    assert left_out == {web: "merging it in does not pay on the proxy split, and it beats merged-1 on no proxy task"}
 
 
 def test_where_nothing_merges_the_best_member_stands_for_the_cluster(zoo: Zoo) -> None:

@@ -209,7 +209,7 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
 def test_without_a_yes_nothing_is_made(recipe: Path, tmp_path: Path, cli: Cli) -> None:
     result = cli("run", str(recipe))
     assert result.returncode == 8
-    assert "average 3 models greedily" in result.stdout
+    assert "merge 3 models one after another by linear" in result.stdout
     assert "GB of RAM" in result.stdout
     assert "run again with --yes" in result.stderr
     assert not (tmp_path / "runs" / "store" / "merged").exists()
@@ -231,7 +231,8 @@ def test_plan_writes_nothing(recipe: Path, tmp_path: Path, cli: Cli) -> None:
     result = cli("plan", str(recipe), "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
-    assert plan["cost"]["merges"] == 2
+    assert plan["cost"]["trials"] == 3
+    assert plan["cost"]["merges"] == 1
     assert plan["clusters"][0]["members"] == ["math", "science", "web"]
     assert not (tmp_path / "runs").exists()
 
@@ -316,6 +317,6 @@ def test_on_a_terminal_it_asks(recipe: Path, tmp_path: Path) -> None:
             screen += part
     assert process.wait(timeout=60) == 8
     text = screen.decode(errors="replace")
-    assert "average 3 models greedily" in text
+    assert "merge 3 models one after another by linear" in text
     assert "the plan was not approved; nothing was made" in text
     os.close(primary)

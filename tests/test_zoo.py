@@ -132,7 +132,7 @@ def test_remote_code_is_refused_unless_allowed(model: Path, store: Store) -> Non
     assert "needs Python code of its own" in refusal(model, store)
     allowed = inspect_checkpoint("m", model, store, trust_remote_code=True)
     assert allowed.remote_code
-    assert smoke_check(allowed, [allowed]) is None, "what the recipe allows is loaded"
+    assert smoke_check(allowed, [allowed], store).problem is None, "what the recipe allows is loaded"
     assert "vLLM cannot be relied on" in (ENGINES.get("vllm").unsupported(allowed) or "")
 
 

@@ -14,7 +14,7 @@ import click
 from composer import __version__
 from composer.errors import INTERRUPTED, ComposerError, DiskFullError, is_disk_full
 
-VERBS = ("run", "plan", "validate", "inspect", "cluster", "serve", "ls", "show", "schema")
+VERBS = ("run", "plan", "validate", "inspect", "cluster", "serve", "ls", "show", "operators", "schema")
 
 
 class _Verbs(click.Group):

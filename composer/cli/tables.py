@@ -7,6 +7,7 @@ from rich.text import Text
 
 from composer.clustering import Cluster
 from composer.evaluation.evidence import Evidence
+from composer.merging.operators import Operator
 from composer.planning import Plan
 from composer.similarity import SimilarityMatrix
 from composer.zoo.checkpoint import Checkpoint, Description, Zoo
@@ -31,12 +32,56 @@ def print_plan(plan: Plan, zoo: Zoo) -> None:
     cost = plan.cost
     size = sum(member.size_bytes for member in zoo.members) / 1e9
     console.print(
-        f"reads {size:.2f} GB of weights; makes at most {cost.merges} merges and {cost.evaluations} proxy scores; "
+        f"reads {size:.2f} GB of weights; tries at most {cost.trials} merges in memory, writes at most "
+        f"{cost.merges}, scores {cost.evaluations} models; "
         f"starts {cost.engines} or more engines"
     )
     console.print(
         f"needs about {cost.memory_gb:.1f} GB of RAM, {cost.disk_gb:.2f} GB of disk, {_duration(cost.seconds)}"
     )
+
+
+def print_operators(operators: dict[str, Operator]) -> None:
+    """Print what there is to merge with, one row each."""
+    table = Table(title_justify="left")
+    for key in ("operator", "models", "base", "parameters (defaults)", "what it does"):
+        table.add_column(key, overflow="fold")
+    for name, one in operators.items():
+        values = ", ".join(f"{key} {_value(parameter.default)}" for key, parameter in one.parameters.items())
+        table.add_row(name, _inputs(one), "yes" if one.start == "base" else "", values, f"{one.summary} ({one.source})")
+    console.print(table)
+    console.print("model-composer operators NAME says more of one")
+
+
+def print_operator(name: str, operator: Operator) -> None:
+    """Print one operator with its parameters."""
+    console.print(f"{name}: {operator.summary} ({operator.source})")
+    base = "; works on task vectors, so zoo.base must be known" if operator.start == "base" else ""
+    recorded = f"; records {operator.statistics} statistics on the probe texts first" if operator.statistics else ""
+    masks = "; draws random masks from merge.seed" if operator.random else ""
+    stock = "" if operator.method else "; mergekit has no such operator"
+    console.print(f"takes {_inputs(operator)} models{base}{masks}{recorded}{stock}")
+    if not operator.parameters:
+        return
+    table = Table(title_justify="left")
+    for key in ("parameter", "default", "may be", "searched", "one for each model", "what it is"):
+        table.add_column(key, overflow="fold")
+    for key, one in operator.parameters.items():
+        low, high = one.low, one.high
+        limits = [f"{'>' if one.open_low else '≥'} {low:g}"] if low is not None else []
+        limits += [f"≤ {high:g}"] if high is not None else []
+        searched = "–".join(f"{end:g}" for end in one.search) if one.search else ""
+        each = "yes" if one.per_input else ""
+        table.add_row(key, _value(one.default), ", ".join(limits), searched, each, one.summary)
+    console.print(table)
+
+
+def _inputs(operator: Operator) -> str:
+    return f"{operator.least}" if operator.most == operator.least else f"{operator.least} or more"
+
+
+def _value(value: float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def print_descriptions(models: list[Description]) -> None:

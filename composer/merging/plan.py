@@ -11,8 +11,8 @@ class MergeStep(Value):
     operator: str
     inputs: tuple[str, ...]
     """Ids of members, or names of earlier steps, in order."""
-    parameters: dict[str, float | bool | list[float]] = {}
-    """A list gives one value per input. What is missing takes the operator's default."""
+    parameters: dict[str, float | bool | list[float | list[float]]] = {}
+    """A list gives one value per input, or per group of layers; what is missing takes the operator's default."""
 
 
 class MergePlan(Value):
@@ -21,26 +21,53 @@ class MergePlan(Value):
     cluster: str
     strategy: str
     members: tuple[str, ...]
+    operators: tuple[str, ...] = ()
+    """What a search tries, one after another."""
     steps: tuple[MergeStep, ...] = ()
-    """The merges that are already decided; a greedy strategy decides on the way and leaves this empty."""
+    """The merges that are already decided; a search decides on the way and leaves this empty."""
+    trials: int = 0
+    """At most this many candidates will be merged in memory and scored on the proxy split."""
     merges: int = 0
-    """At most this many merges will be made."""
+    """At most this many merges will be written."""
     evaluations: int = 0
-    """At most this many checkpoints will be scored on the proxy split."""
+    """At most this many checkpoints will be scored on the proxy split besides."""
     intent: str
     """The plan in one sentence."""
 
 
 class Trial(Value):
-    """One merge that was made and judged."""
+    """One decision: the best candidate of a round, and whether it was kept."""
 
     step: MergeStep
     score: float | None
-    """Mean proxy score of the merge; None if it failed the smoke check or was not scored."""
+    """Mean proxy score of the candidate; None if none could be scored."""
     reference: float | None
-    """The proxy score it had to hold."""
+    """The proxy score it had to beat."""
+    gain: float | None = None
+    """Mean paired difference to it."""
+    error: float | None = None
+    """Standard error of the gain."""
+    tried: int = 1
+    """Candidates of the round: one operator and set of inputs with several parameters."""
+    stopped: int = 0
+    """How many of them were dropped before they had been scored on all items."""
+    failed: int = 0
+    """How many of them could not be made or gave no finite numbers."""
     accepted: bool
     reason: str
+
+
+class Smoke(Value):
+    """Whether a merged checkpoint is a working language model at all."""
+
+    problem: str | None
+    """What is wrong with it, or None."""
+    perplexity: float | None = None
+    """exp of the mean next-token loss on a few plain texts."""
+    inputs: dict[str, float] = {}
+    """The same of its inputs."""
+    sample: str = ""
+    """A short greedy continuation of a plain text."""
 
 
 class MergeOutcome(Value):
@@ -55,6 +82,8 @@ class MergeOutcome(Value):
     """Members that stay whole."""
     trials: tuple[Trial, ...] = ()
     weights: dict[str, float] = {}
-    """The share of each member in the result, where the operators are linear."""
+    """What each source (and the base) counts in the result, where it is a weighted sum of them."""
+    smoke: Smoke | None = None
+    """The check of the result."""
     failure: str | None = None
     """Why the cluster could not be merged at all."""

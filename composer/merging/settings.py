@@ -1,11 +1,12 @@
 """The recipe's `merge`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from composer.errors import MergeError
 from composer.merging.operators import OPERATORS
+from composer.merging.plan import MergeStep
 from composer.merging.strategies import STRATEGIES
 from composer.settings import Identifier, Section, named
 
@@ -15,12 +16,13 @@ class FixedMerge(Section):
 
     name: Identifier
     """The merged model's name; later merges may use it as an input."""
-    models: list[Identifier] = Field(min_length=2)
+    models: list[Identifier] = Field(min_length=1)
     """Ids of models, or names of earlier merges, in order."""
     operator: named(OPERATORS)  # type: ignore[valid-type]
-    """The merge operator."""
-    parameters: dict[str, float | bool | list[float]] = {}
-    """The operator's parameters; a list gives one value per model. What is not given takes its default."""
+    """The merge operator; `model-composer operators` lists them."""
+    parameters: dict[str, float | bool | list[float | list[float]]] = {}
+    """The operator's parameters. A list gives one value per model, or for a parameter of the whole merge one per
+    group of layers; a list in a list, one per group of layers. What is not given takes its default."""
 
     @model_validator(mode="after")
     def _the_operator_takes_them(self) -> Self:
@@ -31,19 +33,61 @@ class FixedMerge(Section):
         return self
 
 
+class EvolutionSection(Section):
+    """How strategy `evolution` searches."""
+
+    trials: int = Field(default=100, ge=1)
+    """Candidates that are tried."""
+    layer_groups: int = Field(default=1, ge=1)
+    """Runs of layers with coefficients of their own; with more than one, all that is in no layer is one more."""
+    search: list[str] = []
+    """Parameters that are searched besides the operator's coefficients, e.g. [density]."""
+    population: Annotated[int, Field(ge=2)] | None = None
+    """Candidates of a generation; by default 4 + 3 ln(number of coefficients)."""
+    warm_start: bool = True
+    """Begin at what strategy `coefficient` finds."""
+
+
 class MergeSection(Section):
     """How a cluster becomes one model."""
 
     strategy: named(STRATEGIES) = "average"  # type: ignore[valid-type]
-    """`average` averages greedily, `fixed` makes the merges listed, `none` merges nothing."""
+    """`average` and `coefficient` merge the members in one after another, the best first, with equal weights or with
+    the best of a grid; `similarity` the most (or least) similar first; `evolution` searches all coefficients at once;
+    `fixed` makes the merges listed; `none` merges nothing."""
+    operators: list[named(OPERATORS)] = Field(default=["linear"], min_length=1)  # type: ignore[valid-type]
+    """What a search merges with; with several, each is searched and the best result kept."""
+    coefficients: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1
+    )
+    """The grid: for a weighted mean what the merge so far keeps of the whole, for task vectors what they are
+    multiplied by, for two models the place between them."""
+    order: Literal["most_similar", "least_similar"] = "most_similar"
+    """For `similarity`: what is merged in next."""
+    evolution: EvolutionSection = EvolutionSection()
+    """For `evolution`."""
     merges: list[FixedMerge] = []
     """For `fixed`: the merges, in order."""
     accept: Literal["proxy", "always"] = "proxy"
-    """`proxy`: a merge that scores lower on the proxy split than the best it is made of is not kept."""
+    """`proxy`: a merge that does not beat the best it is made of on the proxy split is not kept."""
+    margin: float = Field(default=1.0, ge=0)
+    """By how many standard errors of the paired difference a merge must be ahead to be kept."""
+    early_stopping: bool = True
+    """Drop candidates that are clearly behind before they have been scored on all proxy items."""
+    tokenizer: Literal["union", "base"] = "union"
+    """Where vocabularies differ by added tokens: keep every token of any, or those of the base (or first) model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What merged weights are stored in; by default, what the sources are stored in."""
     seed: int = 0
-    """Seed of operators that draw random masks."""
+    """Seed of random masks and of the evolution."""
+
+    @property
+    def steps(self) -> tuple[MergeStep, ...]:
+        """The merges of strategy `fixed`."""
+        return tuple(
+            MergeStep(name=one.name, operator=one.operator, inputs=tuple(one.models), parameters=one.parameters)
+            for one in self.merges
+        )
 
     @model_validator(mode="after")
     def _merges_belong_to_fixed(self) -> Self:

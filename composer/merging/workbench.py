@@ -1,16 +1,42 @@
-"""The workbench a strategy works at: makes merges, scores checkpoints, reports progress."""
+"""The workbench a strategy works at: races candidates, keeps the ones that pay, reports progress."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from composer.artefacts import Store
+from composer.artefacts import digest
 from composer.errors import MergeError
-from composer.evaluation.scores import Scorer
-from composer.merging.mergekit_backend import make_merge
-from composer.merging.plan import MergeStep
-from composer.merging.smoke import smoke_check
+from composer.evaluation.scores import Scores
+from composer.evaluation.statistics import Gain, paired_gain
+from composer.executors import Executor
+from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
+from composer.merging.judge import Bench, Judge, Measured, Portion
+from composer.merging.plan import MergeStep, Smoke
+from composer.merging.trials import TrialLog, joined, within, without
 from composer.progress import Progress, Step, silent
 from composer.zoo import Checkpoint, Zoo
+
+if TYPE_CHECKING:
+    from composer.merging.settings import MergeSection
+
+SHARES = (0.25, 0.5, 1.0)
+"""Parts of the proxy items after which candidates that are clearly behind are dropped."""
+CLEARLY = 2.0
+"""Standard errors by which a candidate that is dropped is behind at least."""
+LEAST_ITEMS = 4
+"""Items a task must have in a part; of fewer no standard error can be taken."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A candidate after a race."""
+
+    step: MergeStep
+    measured: Measured
+    scores: Scores | None
+    """What it scored on the items up to where it was dropped; None if it failed."""
+    complete: bool
+    """Whether it was scored on all items; if not, it failed or was dropped."""
 
 
 @dataclass
@@ -18,40 +44,132 @@ class Workbench:
     """What a strategy may use; it never sees files, tasks or the graph."""
 
     zoo: Zoo
-    store: Store
-    score: Scorer
-    accept: str = "proxy"
-    dtype: str | None = None
-    seed: int = 0
+    cluster: str
+    section: "MergeSection"
+    executor: Executor[Judge]
+    log: TrialLog
+    proxy: Portion
+    """All proxy items."""
+    fingerprint: str
+    """Hash of the proxy items and their tasks."""
     progress: Progress = silent
     made: dict[str, Checkpoint] = field(default_factory=dict)
     """Merged checkpoints of this cluster, by the name of their step."""
+    smokes: dict[str, Smoke] = field(default_factory=dict)
+    """Their checks."""
+
+    @property
+    def bench(self) -> Bench:
+        """What every merge of the cluster has in common."""
+        section = self.section
+        return Bench(base=self.zoo.base, dtype=section.dtype, seed=section.seed, tokenizer=section.tokenizer)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Return a member of the zoo or a merge made before."""
         return self.made[name] if name in self.made else self.zoo[name]
 
-    def merge(self, step: MergeStep) -> Checkpoint:
-        """Make a merge and check that it works.
+    def inputs(self, step: MergeStep) -> list[Checkpoint]:
+        """Return the checkpoints of a step, in order."""
+        return [self.checkpoint(name) for name in step.inputs]
+
+    def scores(self, names: Sequence[str]) -> dict[str, Scores]:
+        """Score members or merges made before on the proxy split."""
+        found = {}
+        calls = [(self.checkpoint(name),) for name in names]
+        for name, scores in zip(names, self.executor.map("score", calls), strict=True):
+            found[name] = scores
+            message = f"{name}: {scores.mean:.4f} on the proxy split"
+            self.progress(Step(stage="merge", message=message, done=len(found), total=len(names)))
+        return found
+
+    def race(self, steps: Sequence[MergeStep], best: Scores, message: str) -> list[Standing]:
+        """Merge candidates in memory and score them, dropping those that are clearly behind on the way.
+
+        All are scored on a first part of the items, those that are left on a second, and so on; after each part a
+        candidate is dropped if it is behind the leader, another candidate or `best`, by more than `CLEARLY` standard
+        errors of the paired difference. So the result does not depend on the order in which candidates are scored.
+
+        Args:
+            steps: The candidates.
+            best: What they have to beat, scored on all items.
+            message: What is going on, for the progress bar.
+        """
+        known = [self.log.get(self._key(step)) for step in steps]
+        alive = [index for index, one in enumerate(known) if one is None or one.failure is None]
+        reached: dict[int, Scores] = {}
+        for share in self._shares():
+            part = {name: items[: max(1, round(share * len(items)))] for name, items in self.proxy.items()}
+            self._measure(
+                [index for index in alive if without(part, _scores(known[index]))], steps, known, part, message
+            )
+            # The log may know more of a candidate than it is its turn to be judged by.
+            standing = {index: within(part, scores) for index in alive if (scores := _scores(known[index])) is not None}
+            reached |= standing
+            leader = max([best, *standing.values()], key=lambda one: paired_gain(one, best).mean)
+            last = share == 1
+            alive = [i for i, one in standing.items() if last or not paired_gain(one, leader).behind(CLEARLY)]
+        return [
+            Standing(step, one or Measured(scores=None), reached.get(index), complete=index in alive)
+            for index, (step, one) in enumerate(zip(steps, known, strict=True))
+        ]
+
+    def _measure(
+        self,
+        chosen: list[int],
+        steps: Sequence[MergeStep],
+        known: list[Measured | None],
+        part: Portion,
+        message: str,
+    ) -> None:
+        """Score chosen candidates on what they have not been scored on of a part."""
+        calls = [
+            (steps[index], self.inputs(steps[index]), self.bench, without(part, _scores(known[index])))
+            for index in chosen
+        ]
+        for done, (index, measured) in enumerate(zip(chosen, self.executor.map("trial", calls), strict=True), start=1):
+            known[index] = now = joined(known[index], measured)
+            self.log.put(self._key(steps[index]), self.cluster, steps[index], now)
+            self.progress(Step(stage="merge", message=message, done=done, total=len(chosen)))
+
+    def _shares(self) -> tuple[float, ...]:
+        if not self.section.early_stopping:
+            return (1.0,)
+        fewest = min(len(items) for items in self.proxy.values())
+        return tuple(share for share in SHARES if share == 1 or share * fewest >= LEAST_ITEMS)
+
+    def _key(self, step: MergeStep) -> str:
+        inputs, bench = self.inputs(step), self.bench
+        try:
+            lineage = lineage_of(step, inputs, bench.base, bench.seed)
+        except MergeError as error:  # cannot be made: known by what is wrong with it
+            return digest(["refused", str(error), [one.content_hash for one in inputs], self.fingerprint])
+        tokenizer = bench.tokenizer if vocabularies_differ(inputs) else None
+        return digest([merge_key(lineage, dtype_of(bench.dtype, inputs), tokenizer), self.fingerprint])
+
+    def keep(self, step: MergeStep) -> Checkpoint:
+        """Write a candidate as a checkpoint and check that it works.
 
         Raises:
             MergeError: if it cannot be made or fails the smoke check.
+            DiskFullError: if there is no room.
         """
-        self.progress(Step(stage="merge", message=f"{step.operator}: {' + '.join(step.inputs)}"))
-        inputs = [self.checkpoint(name) for name in step.inputs]
-        merged = make_merge(step, inputs, self.zoo.base, self.store, dtype=self.dtype, seed=self.seed)
-        # The check of an artefact is remembered beside it: content-addressed, so it cannot go stale.
-        passed = self.store.path("smoke", Path(merged.path).name)
-        if not passed.exists():
-            broken = smoke_check(merged, inputs)
-            if broken:
-                raise MergeError(f"merge '{step.name}': {broken}")
-            passed.parent.mkdir(parents=True, exist_ok=True)
-            passed.touch()
-        self.made[step.name] = merged
-        return merged
+        self.progress(Step(stage="merge", message=f"writing {step.name}: {step.operator}({', '.join(step.inputs)})"))
+        [(kept, smoke)] = self.executor.map("keep", [(step, self.inputs(step), self.bench, step.name)])
+        if smoke.problem:
+            raise MergeError(f"merge '{step.name}': {smoke.problem}")
+        self.made[step.name], self.smokes[step.name] = kept, smoke
+        return self.made[step.name]
 
-    def mean_score(self, checkpoint: Checkpoint) -> float:
-        """Return a checkpoint's mean proxy score."""
-        self.progress(Step(stage="merge", message=f"scoring {checkpoint.id} on the proxy split"))
-        return self.score(checkpoint).mean
+    def closeness(self, step: MergeStep, names: Sequence[str]) -> dict[str, float]:
+        """Return how similar a candidate is to members, measured on its weights as they come."""
+        others = [self.checkpoint(name) for name in names]
+        [values] = self.executor.map("closeness", [(step, self.inputs(step), self.bench, others)])
+        return dict(zip(names, values, strict=True))
+
+    def pays(self, gain: Gain) -> bool:
+        """Return whether a gain is enough for a merge to be kept."""
+        return self.section.accept == "always" or gain.beyond(self.section.margin)
+
+
+def _scores(measured: Measured | None) -> Scores | None:
+    return measured.scores if measured is not None else None

@@ -44,7 +44,9 @@ def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tup
         for name in outcome.whole:
             reason = _reason_to_keep(zoo[name], best, outcome, score)
             if reason is None:
-                left_out[name] = f"merging it in lowers the proxy score, and it beats {best.id} on no proxy task"
+                left_out[name] = (
+                    f"merging it in does not pay on the proxy split, and it beats {best.id} on no proxy task"
+                )
                 continue
             experts.append(
                 Expert(
@@ -71,7 +73,7 @@ def _reason_to_keep(member: Checkpoint, best: Checkpoint, outcome: MergeOutcome,
     if not rejected:
         return "kept whole"
     if member.id == best.id:
-        return "kept whole: the best of its cluster, where no merge holds the proxy score"
+        return "kept whole: the best of its cluster, where no merge pays on the proxy split"
     merged, own = score(best), score(member)
     won = [task.task for task in own.tasks if beats(task, merged.task(task.task))]
     return f"kept whole: merging it does not pay, but it is ahead on {', '.join(won)}" if won else None

@@ -6,20 +6,23 @@ from composer.registry import Registry
 
 if TYPE_CHECKING:
     from composer.clustering import Cluster
-    from composer.merging.plan import MergeOutcome, MergePlan, MergeStep
+    from composer.merging.plan import MergeOutcome, MergePlan
+    from composer.merging.settings import MergeSection
     from composer.merging.workbench import Workbench
 
 
 class Strategy(Protocol):
     """A way of turning a cluster into one model."""
 
-    def plan(self, cluster: "Cluster", steps: "tuple[MergeStep, ...]", judged: bool) -> "MergePlan":
+    def plan(self, cluster: "Cluster", section: "MergeSection") -> "MergePlan":
         """Say what would be done, and at most how much of it; nothing is made.
 
         Args:
             cluster: What may be merged.
-            steps: The merges that the recipe lists, for strategies that take a list.
-            judged: Whether merges must hold on the proxy split to be kept.
+            section: The recipe's `merge`.
+
+        Raises:
+            MergeError: if the recipe asks for what cannot be done.
         """
         ...
 
@@ -33,6 +36,9 @@ class Strategy(Protocol):
 
 
 STRATEGIES: Registry[Strategy] = Registry("strategy")
-STRATEGIES.register("average", "composer.merging.strategies.average:strategy")
+STRATEGIES.register("average", "composer.merging.strategies.greedy:average")
+STRATEGIES.register("coefficient", "composer.merging.strategies.greedy:coefficient")
+STRATEGIES.register("similarity", "composer.merging.strategies.greedy:similarity")
+STRATEGIES.register("evolution", "composer.merging.strategies.evolution:strategy")
 STRATEGIES.register("fixed", "composer.merging.strategies.fixed:strategy")
 STRATEGIES.register("none", "composer.merging.strategies.none:strategy")

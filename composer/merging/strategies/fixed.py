@@ -3,13 +3,16 @@
 from composer.clustering import Cluster
 from composer.errors import MergeError
 from composer.merging.plan import MergeOutcome, MergePlan, MergeStep, Trial
+from composer.merging.settings import MergeSection
+from composer.merging.strategies.greedy import decide
+from composer.merging.strategies.growth import flat_weights
 from composer.merging.workbench import Workbench
 
 
 class FixedMerges:
     """Makes the listed merges; the last one that stands represents the cluster."""
 
-    def plan(self, cluster: Cluster, steps: tuple[MergeStep, ...], judged: bool) -> MergePlan:
+    def plan(self, cluster: Cluster, section: MergeSection) -> MergePlan:
         """Plan the recipe's merges whose models are all in this cluster.
 
         Raises:
@@ -17,7 +20,7 @@ class FixedMerges:
         """
         inside = set(cluster.members)
         planned = []
-        for step in steps:
+        for step in section.steps:
             ours = [name for name in step.inputs if name in inside]
             if not ours:
                 continue
@@ -29,39 +32,36 @@ class FixedMerges:
                 )
             inside.add(step.name)
             planned.append(step)
+        judged = bool(planned) and section.accept == "proxy"
         return MergePlan(
             cluster=cluster.id,
             strategy="fixed",
             members=cluster.members,
             steps=tuple(planned),
+            trials=len(planned) if judged else 0,
             merges=len(planned),
-            evaluations=(len(cluster.members) + len(planned)) if planned and judged else 0,
+            evaluations=len(cluster.members) if judged else 0,
             intent=_intent(planned),
         )
 
     def carry_out(self, plan: MergePlan, workbench: Workbench) -> MergeOutcome:
-        """Make the merges; under `accept: proxy` a result below its best source is not kept."""
+        """Make the merges; under `accept: proxy` one that does not beat its best source is not kept."""
         trials: list[Trial] = []
         sources: dict[str, tuple[str, ...]] = {name: (name,) for name in plan.members}
+        base = workbench.zoo.base.id if workbench.zoo.base else None
+        weights: dict[str, dict[str, float]] = {}
         result: MergeStep | None = None
-        for step in plan.steps:
-            try:
-                workbench.merge(step)
-            except MergeError as error:
-                trials.append(Trial(step=step, score=None, reference=None, accepted=False, reason=str(error)))
-                break  # later merges may need this one
+        for place, step in enumerate(plan.steps):
             sources[step.name] = tuple(dict.fromkeys(source for name in step.inputs for source in sources[name]))
-            trial = (
-                self._judge(step, sources[step.name], workbench)
-                if workbench.accept == "proxy"
-                else Trial(
-                    step=step,
-                    score=None,
-                    reference=None,
-                    accepted=True,
-                    reason="the recipe accepts it unseen",
-                )
-            )
+            trial = self._judge(step, sources[step.name], workbench)
+            needed = any(step.name in later.inputs for later in plan.steps[place + 1 :])
+            if trial.accepted or needed:
+                try:
+                    workbench.keep(step)
+                except MergeError as error:
+                    trials.append(trial.model_copy(update={"accepted": False, "reason": str(error)}))
+                    break  # later merges may need this one
+            weights[step.name] = flat_weights(step, weights, base)
             trials.append(trial)
             if trial.accepted:
                 result = step
@@ -72,21 +72,17 @@ class FixedMerges:
             merged=merged_names,
             whole=tuple(name for name in plan.members if name not in merged_names),
             trials=tuple(trials),
+            weights=weights[result.name] if result else {},
+            smoke=workbench.smokes[result.name] if result else None,
         )
 
     def _judge(self, step: MergeStep, sources: tuple[str, ...], workbench: Workbench) -> Trial:
-        score = workbench.mean_score(workbench.checkpoint(step.name))
-        parents = {name: workbench.mean_score(workbench.checkpoint(name)) for name in sources}
-        best = max(parents, key=lambda name: parents[name])
-        accepted = score >= parents[best]
-        verdict = "holds" if accepted else "falls below"
-        return Trial(
-            step=step,
-            score=score,
-            reference=parents[best],
-            accepted=accepted,
-            reason=f"proxy score {score:.4f} {verdict} {parents[best]:.4f} of its best source, {best}",
-        )
+        if workbench.section.accept == "always":
+            return Trial(step=step, score=None, reference=None, accepted=True, reason="the recipe accepts it unseen")
+        parents = workbench.scores(sources)
+        best = max(parents, key=lambda name: parents[name].mean)
+        standings = workbench.race([step], parents[best], f"{step.operator}: {', '.join(step.inputs)}")
+        return decide(standings, parents[best], workbench, f"against its best source, {best}")[0]
 
 
 def _intent(steps: list[MergeStep]) -> str:

@@ -1,0 +1,322 @@
+"""What merging as a search costs, against mergekit measured in the same run.
+
+    COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/merging.py [PART ...]
+
+Parts: trial, export, search; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of it as Hugging
+Face directories (smollm2-135m-instruct, smol-sst2, …), and the data sets of recipes/smollm2.yaml. Prints one JSON
+object a measurement; each is made in a process of its own, times are medians.
+
+- trial: from coefficients to a model that is ready to be scored, three inputs, against the command line
+  (`mergekit-yaml`) on the same merge; TIES and others from the second trial on, against a call of mergekit's
+  `run_merge` in a process that is warm. `remembered_s` is what the first trial took.
+- export: writing a merge, against `run_merge` on the same configuration; whether the files hold the same.
+- search: strategy `coefficient` over six models on 100 proxy items, against the plain way: each candidate merged to
+  disk by `run_merge`, loaded by transformers, scored by lm-eval. Of the plain way every SAMPLEth candidate is made,
+  and the total is its mean times the number of candidates. Memory is what the search adds to a process that has
+  imported everything, in models' worth of float32.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "smollm2-135m-instruct"
+NAMES = ("smol-math", "smol-code", "smol-science", "smol-sst2", "smol-agnews")
+ROUNDS = 5
+SAMPLE = 9
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{"weight": [0.2 + 0.1 * n, 0.5, 0.3]} for n in range(ROUNDS + 1)],
+    "task_arithmetic": [{"weight": 0.2 + 0.1 * n} for n in range(ROUNDS + 1)],
+    "slerp": [{"t": 0.1 + 0.1 * n} for n in range(ROUNDS + 1)],
+    "ties": [{"weight": [0.2 + 0.1 * n, 1.0, 0.7], "density": 0.3} for n in range(ROUNDS + 1)],
+    "dare_ties": [{"weight": 0.2 + 0.1 * n, "density": 0.5} for n in range(ROUNDS + 1)],
+}
+COMMAND_LINE = ("linear", "task_arithmetic")
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds an action takes, and its result."""
+    began = time.perf_counter()
+    result = action()
+    return time.perf_counter() - began, result
+
+
+def zoo() -> Path:
+    """Return the directory of the checkpoints."""
+    return Path(os.environ["COMPOSER_ZOO"])
+
+
+def bound(operator: str, parameters: dict[str, Any], shelf: Any, store: Any) -> Any:
+    """Return a merge of the first specialists."""
+    from composer.merging.engine.merge import Merge
+    from composer.merging.operators import OPERATORS
+    from composer.merging.plan import MergeStep
+    from composer.zoo import inspect_checkpoint
+
+    names = NAMES[: OPERATORS.get(operator).most or 3]
+    models = [inspect_checkpoint(name, zoo() / name, store) for name in names]
+    base = inspect_checkpoint(BASE, zoo() / BASE, store)
+    return Merge(MergeStep(name="m", operator=operator, inputs=names, parameters=parameters), models, base, shelf)
+
+
+def configured(merge: Any) -> dict[str, Any]:
+    """Return a merge as mergekit's configuration."""
+    from composer.merging.engine.stock import stock_config
+
+    return stock_config(merge, {one.content_hash: one.path for one in [*merge.inputs, merge.donor]})
+
+
+def trial(operator: str, directory: Path) -> dict[str, float]:
+    """Time trials of one operator."""
+    from composer.artefacts import Store
+    from composer.merging.engine.live import LiveModel
+    from composer.merging.engine.merge import Shelf
+
+    store, shelf = Store(directory), Shelf()
+    settings = TRIALS[operator]
+    live = LiveModel(bound(operator, settings[0], shelf, store))
+    times = [timed(lambda one=one: live.load(bound(operator, one, shelf, store)))[0] for one in settings]
+    return {"remembered_s": times[0], "ours_s": statistics.median(times[1:])}
+
+
+def command_line(operator: str, directory: Path) -> dict[str, float]:
+    """Time mergekit's command line."""
+    from ruamel.yaml import YAML
+
+    from composer.artefacts import Store
+    from composer.merging.engine.merge import Shelf
+
+    config = configured(bound(operator, TRIALS[operator][1], Shelf(), Store(directory / "store")))
+    file = directory / "merge.yaml"
+    YAML().dump(config, file)
+    tool = str(Path(sys.executable).parent / "mergekit-yaml")
+    times = []
+    for number in range(3):
+        command = [tool, str(file), str(directory / f"out{number}"), "--quiet"]
+        times.append(timed(lambda command=command: subprocess.run(command, check=True, capture_output=True))[0])
+    return {"command_line_s": statistics.median(times)}
+
+
+def stock_call(operator: str, directory: Path) -> dict[str, float]:
+    """Time mergekit's call in a process that is warm."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    from composer.artefacts import Store
+    from composer.merging.engine.merge import Shelf
+
+    times = []
+    for number, settings in enumerate(TRIALS[operator][:3]):
+        config = configured(bound(operator, settings, Shelf(), Store(directory / "store")))
+        options = MergeOptions(quiet=True, random_seed=0, write_model_card=False)
+        out = str(directory / f"out{number}")
+        times.append(
+            timed(lambda c=config, o=options, out=out: run_merge(MergeConfiguration.model_validate(c), out, o))[0]
+        )
+    return {"run_merge_s": statistics.median(times[1:])}
+
+
+def export(operator: str, directory: Path) -> dict[str, Any]:
+    """Time writing a merge, ours and mergekit's in turn, and compare the files."""
+    import torch
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    from safetensors.torch import load_file
+
+    from composer.artefacts import Store
+    from composer.merging.engine.export import export as write
+    from composer.merging.engine.merge import Shelf
+
+    bound(operator, TRIALS[operator][0], Shelf(), Store(directory / "hashes"))  # hashes of the inputs are known by now
+    ours, theirs, same = [], [], True
+    for number, settings in enumerate(TRIALS[operator][:4]):
+        store = Store(directory / "hashes")
+        merge = bound(operator, settings, Shelf(), store)
+        seconds, kept = timed(lambda merge=merge, store=store: write(merge, "kept", store))
+        ours.append(seconds)
+        options = MergeOptions(quiet=True, random_seed=0)
+        out = str(directory / f"out{number}")
+        config = MergeConfiguration.model_validate(configured(merge))
+        theirs.append(timed(lambda config=config, out=out, options=options: run_merge(config, out, options))[0])
+        first, second = load_file(f"{kept.path}/model.safetensors"), load_file(f"{out}/model.safetensors")
+        same &= first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    mine, stock = statistics.median(ours[1:]), statistics.median(theirs[1:])
+    return {"ours_s": mine, "run_merge_s": stock, "ratio": stock / mine, "equal": same}
+
+
+class Memory(threading.Thread):
+    """Watches what a process holds: its own memory, and pages of mapped files."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.own = self.files = 0
+        self.start()
+
+    def run(self) -> None:
+        """Look every few milliseconds."""
+        while True:
+            status = Path("/proc/self/status").read_text()
+            fields = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Rss"))
+            self.own = max(self.own, int(fields["RssAnon"].split()[0]) * 1024)
+            self.files = max(self.files, int(fields["RssFile"].split()[0]) * 1024)
+            time.sleep(0.02)
+
+
+def workbench(directory: Path, early_stopping: bool) -> tuple[Any, Any]:
+    """Return the plan and the workbench of a coefficient search."""
+    from composer.artefacts import Store
+    from composer.clustering import Cluster
+    from composer.executors import LocalExecutor
+    from composer.merging.judge import Judge
+    from composer.merging.settings import MergeSection
+    from composer.merging.strategies import STRATEGIES
+    from composer.merging.trials import TrialLog
+    from composer.merging.workbench import Workbench
+    from composer.recipe import load_recipe
+    from composer.zoo import Zoo, inspect_checkpoint
+
+    recipe = load_recipe(ROOT / "recipes" / "smollm2.yaml")
+    store = Store(directory)
+    models = tuple(inspect_checkpoint(name, zoo() / name, store) for name in (*NAMES, BASE))
+    judge = Judge(recipe.evaluate, recipe.probes, store.root)
+    split = judge.split("proxy")
+    section = MergeSection(strategy="coefficient", early_stopping=early_stopping)
+    bench = Workbench(
+        zoo=Zoo(members=models, base=models[-1]),
+        cluster="cluster-1",
+        section=section,
+        executor=LocalExecutor(lambda: judge),
+        log=TrialLog(store.root / "trials.sqlite"),
+        proxy={items.name: items.hashes for items in split.tasks},
+        fingerprint=split.fingerprint,
+    )
+    cluster = Cluster(id="cluster-1", members=(*NAMES, BASE), representative=BASE, reason="")
+    return STRATEGIES.get("coefficient").plan(cluster, section), bench
+
+
+def search(directory: Path, early_stopping: bool = True) -> dict[str, Any]:
+    """Time a search, and weigh it."""
+    import mergekit.merge_methods
+    import transformers
+
+    from composer.merging.merge import merge_cluster
+
+    del mergekit, transformers
+    plan, bench = workbench(directory, early_stopping)
+    before = psutil.Process().memory_info().rss
+    memory = Memory()
+    alone, _ = timed(lambda: bench.scores(plan.members))
+    seconds, outcome = timed(lambda: merge_cluster(plan, bench))
+    rows = bench.log._base.execute("SELECT count(*), sum(merge_seconds), sum(score_seconds) FROM trials").fetchone()
+    one = 4 * bench.zoo.members[0].parameters
+    written = sum(file.stat().st_size for file in (directory / "merged").rglob("*.safetensors"))
+    return {
+        "candidates": rows[0],
+        "members_s": alone,
+        "search_s": seconds,
+        "merging_s": rows[1],
+        "scoring_s": rows[2],
+        "models_worth": (memory.own - before) / one,
+        "mapped_models_worth": memory.files / one,
+        "written_bytes": written,
+        "one_model_bytes": bench.zoo.members[0].size_bytes,
+        "weights": outcome.weights,
+        "gain": [trial.gain for trial in outcome.trials],
+    }
+
+
+def plain_search(directory: Path) -> dict[str, Any]:
+    """Time a few candidates of the same search made the plain way."""
+    import gc
+
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    from composer.evaluation.in_process import load_model
+    from composer.evaluation.tasks import run_tasks
+    from composer.merging.engine.merge import Merge, Shelf
+    from composer.merging.plan import MergeStep
+    from composer.zoo import inspect_checkpoint
+
+    _, bench = workbench(directory, False)
+    [judge] = [bench.executor._make()]
+    split, store = judge.split("proxy"), judge.store
+    times = []
+    candidates = [(first, share) for first in range(len(NAMES)) for share in range(1, 10)]
+    for number, (first, share) in enumerate(candidates[SAMPLE // 2 :: SAMPLE]):
+        names = (NAMES[first], BASE)
+        step = MergeStep(name="m", operator="linear", inputs=names, parameters={"weight": [share / 10, 1 - share / 10]})
+        merge = Merge(step, [bench.zoo[name] for name in names], None, Shelf())
+        config, out = configured(merge), directory / f"plain{number}"
+
+        def one(config: dict[str, Any] = config, out: Path = out) -> None:
+            run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
+            made = inspect_checkpoint("made", out, store)
+            run_tasks(load_model(made, 8), split, "made")
+
+        times.append(timed(one)[0])
+        gc.collect()
+    return {"sampled": len(times), "plain_candidate_s": statistics.fmean(times)}
+
+
+def child(part: str, *arguments: str) -> dict[str, Any]:
+    """Run a part in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, __file__, "--child", part, directory, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{part} {' '.join(arguments)}: {done.stderr[-2000:]}")
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
+def show(part: str, values: dict[str, Any]) -> None:
+    """Print a measurement."""
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}
+    print(json.dumps({"part": part, **rounded}), flush=True)
+
+
+def main(parts: list[str]) -> None:
+    """Measure."""
+    if "trial" in parts:
+        for operator in TRIALS:
+            ours = child("trial", operator)
+            if operator in COMMAND_LINE:
+                rival = child("command_line", operator)
+                show(
+                    "trial", {"operator": operator, **ours, **rival, "ratio": rival["command_line_s"] / ours["ours_s"]}
+                )
+            else:
+                rival = child("stock_call", operator)
+                show("trial", {"operator": operator, **ours, **rival, "ratio": rival["run_merge_s"] / ours["ours_s"]})
+    if "export" in parts:
+        for operator in ("linear", "task_arithmetic", "ties"):
+            show("export", {"operator": operator, **child("export", operator)})
+    if "search" in parts:
+        ours, plain = child("search"), child("plain_search")
+        whole = plain["plain_candidate_s"] * ours["candidates"]
+        show("search", {**ours, **plain, "plain_search_s": whole, "ratio": whole / ours["search_s"]})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        action = globals()[sys.argv[2]]
+        print(json.dumps(action(*sys.argv[4:], Path(sys.argv[3]))))
+    else:
+        if not os.environ.get("COMPOSER_ZOO"):
+            sys.exit("set COMPOSER_ZOO (and COMPOSER_DATA for the search); see the top of this file")
+        main(sys.argv[1:] or ["trial", "export", "search"])
