@@ -9,7 +9,7 @@ carries on at the first stage that had not finished.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +136,18 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
     with session.one_at_a_time, stage("merge", runtime, cluster=state["cluster"]) as progress:
         mine = next(one for one in Plan.load(state["plan"]).merges if one.cluster == state["cluster"])
         split = session.split("proxy")
-        workbench = Workbench(
-            zoo=Zoo.load(state["zoo"]),
-            cluster=mine.cluster,
-            section=session.run.recipe.merge,
-            executor=session.executor,
-            log=TrialLog(session.run.store.root / "trials.sqlite"),
-            proxy={items.name: items.hashes for items in split.tasks},
-            fingerprint=split.fingerprint,
-            progress=progress,
-        )
-        outcome = merge_cluster(mine, workbench)
+        with closing(TrialLog(session.run.store.root / "trials.sqlite")) as log:
+            workbench = Workbench(
+                zoo=Zoo.load(state["zoo"]),
+                cluster=mine.cluster,
+                section=session.run.recipe.merge,
+                executor=session.executor,
+                log=log,
+                proxy={items.name: items.hashes for items in split.tasks},
+                fingerprint=split.fingerprint,
+                progress=progress,
+            )
+            outcome = merge_cluster(mine, workbench)
         return {"outcomes": [_save(session, f"outcome-{outcome.cluster}.json", outcome)]}
 
 

@@ -5,9 +5,11 @@ import json
 import os
 import pty
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +56,17 @@ def start(tmp_path: Path, *arguments: str) -> "subprocess.Popen[bytes]":
         stderr=subprocess.STDOUT,
         preexec_fn=take_signals,
     )
+
+
+def trials(tmp_path: Path) -> dict[str, float]:
+    """Return when each candidate was scored."""
+    file = tmp_path / "runs" / "store" / "trials.sqlite"
+    if not file.is_file():
+        return {}
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=10)) as base:
+        if not base.execute("SELECT 1 FROM sqlite_master WHERE name = 'trials'").fetchall():
+            return {}
+        return dict(base.execute("SELECT key, time FROM trials").fetchall())
 
 
 def events(tmp_path: Path) -> list[dict[str, object]]:
@@ -111,21 +124,24 @@ def test_a_run_takes_adapters_and_gguf_files_and_lists_what_it_skipped(tmp_path:
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: Path, cli: Cli) -> None:
-    first = start(tmp_path, "run", str(recipe), "--yes")
+    search = ("merge.strategy=coefficient", "merge.early_stopping=false")
+    first = start(tmp_path, "run", str(recipe), "--yes", *search)
     wait_for(tmp_path, "merge", "started", first)
-    merged = tmp_path / "runs" / "store" / "merged"
     deadline = time.monotonic() + 120
-    while not (merged.exists() and any(not path.name.startswith(".") for path in merged.iterdir())):
+    while len(trials(tmp_path)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    made = {path.name for path in merged.iterdir() if not path.name.startswith(".")}
+    tried = trials(tmp_path)
     assert not any(one["stage"] == "merge" and one["event"] == "finished" for one in events(tmp_path))
 
-    second = cli("run", str(recipe), "--yes", "--json")
+    second = cli("run", str(recipe), "--yes", "--json", *search)
     assert second.returncode == 0, second.stderr
     log = events(tmp_path)
+    now = trials(tmp_path)
+    assert len(now) == 18, "nine candidates in each of two rounds"
+    assert {key: now[key] for key in tried} == tried, "what was scored is not scored again"
     starts = [one["stage"] for one in log if one["event"] == "started"]
     for stage in ("inspect", "compare", "cluster", "plan"):
         assert starts.count(stage) == 1, "finished stages are not repeated"
@@ -144,8 +160,8 @@ def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: P
         "evaluate",
         "report",
     ]
-    assert made <= {path.name for path in merged.iterdir()}
-    assert not list(merged.glob(".*")), "what the killed process left behind is gone"
+    merged = list((tmp_path / "runs" / "store" / "merged").iterdir())
+    assert len(merged) == 1, "of eighteen candidates one is written, and nothing half-written is left"
 
     answer = json.loads(second.stdout)
     assert Path(answer["report"]).is_file()
@@ -153,7 +169,7 @@ def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: P
     assert report["outcomes"][0]["merged"]
     assert [expert["id"] for expert in report["composite"]["experts"]] == ["merged-1"]
 
-    third = cli("run", str(recipe), "--yes")
+    third = cli("run", str(recipe), "--yes", *search)
     assert third.returncode == 0
     assert "report:" in third.stdout
     assert len(events(tmp_path)) == len(log), "a finished run does nothing again"

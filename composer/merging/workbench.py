@@ -143,7 +143,8 @@ class Workbench:
             lineage = lineage_of(step, inputs, bench.base, bench.seed)
         except MergeError as error:  # cannot be made: known by what is wrong with it
             return digest(["refused", str(error), [one.content_hash for one in inputs], self.fingerprint])
-        tokenizer = bench.tokenizer if vocabularies_differ(inputs) else None
+        models = [*inputs, *([bench.base] if bench.base is not None and lineage.base else [])]
+        tokenizer = bench.tokenizer if vocabularies_differ(models) else None
         return digest([merge_key(lineage, dtype_of(bench.dtype, inputs), tokenizer), self.fingerprint])
 
     def keep(self, step: MergeStep) -> Checkpoint:

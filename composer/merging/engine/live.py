@@ -97,5 +97,6 @@ class LiveModel:
 
 def shape_of(merge: Merge) -> tuple[object, ...]:
     """Return what two merges must share for the same living model to do for both."""
-    vocabulary = merge.vocabulary.size if merge.vocabulary else None
+    # The shelf keeps one of each vocabulary.
+    vocabulary = id(merge.vocabulary) if merge.vocabulary else None
     return merge.donor.content_hash, merge.layers, merge.dtype, vocabulary

@@ -1,0 +1,116 @@
+"""What searches gain on a real zoo: proxy items choose, held-out items judge.
+
+    COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/search.py --store DIR [STRATEGY:OPERATOR ...] [key=value ...]
+
+The models and tasks are those of recipes/smollm2.yaml, without its outsider: SmolLM2-135M-Instruct's five fine-tunes.
+Each search is one of the recipe's strategies with one operator (average, coefficient, similarity, evolution); settings
+override `merge.…` or `evaluate.…`. What each search keeps is scored on the held-out items and compared with the best
+single model and with the uniform average of the five, with 95 % paired bootstrap intervals. Everything that was scored
+is kept in the store, so a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from composer.artefacts import Store
+from composer.clustering import Cluster
+from composer.evaluation.statistics import paired_interval
+from composer.executors import LocalExecutor
+from composer.merging.judge import Judge
+from composer.merging.merge import merge_cluster
+from composer.merging.plan import MergeStep
+from composer.merging.strategies import STRATEGIES
+from composer.merging.trials import TrialLog
+from composer.merging.workbench import Workbench
+from composer.progress import Step
+from composer.recipe import load_recipe
+from composer.zoo import Zoo, inspect_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "smollm2-135m-instruct"
+FIVE = ("smol-sst2", "smol-agnews", "smol-science", "smol-math", "smol-code")
+SEARCHES = (
+    "average:linear",
+    "coefficient:linear",
+    "coefficient:task_arithmetic",
+    "similarity:task_arithmetic",
+    "evolution:linear",
+    "evolution:task_arithmetic",
+)
+
+
+def show(step: Step) -> None:
+    """Print progress on one line, where somebody looks."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{step.message} {step.done or ''}/{step.total or ''}", end="", file=sys.stderr)
+
+
+def main() -> None:
+    """Search and weigh."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="*", metavar="STRATEGY:OPERATOR or key=value")
+    parser.add_argument("--store", type=Path, required=True)
+    options = parser.parse_args()
+    if not os.environ.get("COMPOSER_ZOO") or not os.environ.get("COMPOSER_DATA"):
+        sys.exit("set COMPOSER_ZOO and COMPOSER_DATA; see the top of this file")
+    settings = [word for word in options.words if "=" in word]
+    searches = [word for word in options.words if "=" not in word] or SEARCHES
+    zoo, store = Path(os.environ["COMPOSER_ZOO"]), Store(options.store)
+    plain = ["merge.merges=[]", "merge.strategy=average"]
+    evaluate = load_recipe(ROOT / "recipes" / "smollm2.yaml", [*plain, *settings])
+    judge = Judge(evaluate.evaluate, evaluate.probes, store.root)
+    executor = LocalExecutor(lambda: judge)
+    base = inspect_checkpoint(BASE, zoo / BASE, store)
+    members = tuple(inspect_checkpoint(name, zoo / name, store) for name in FIVE)
+    cluster = Cluster(id="cluster-1", members=FIVE, representative=FIVE[0], reason="")
+    proxy = judge.split("proxy")
+    held_out = {one.id: judge.score(one, "held_out") for one in (*members, base)}
+    best = max(FIVE, key=lambda name: held_out[name].mean)
+    for name, scores in held_out.items():
+        tasks = {task.task: round(task.mean, 4) for task in scores.tasks}
+        print(json.dumps({"model": name, "held_out": round(scores.mean, 4), **tasks}), flush=True)
+
+    def bench(overrides: list[str]) -> Workbench:
+        return Workbench(
+            zoo=Zoo(members=members, base=base),
+            cluster="cluster-1",
+            section=load_recipe(ROOT / "recipes" / "smollm2.yaml", [*plain, *overrides, *settings]).merge,
+            executor=executor,
+            log=TrialLog(store.root / "trials.sqlite"),
+            proxy={items.name: items.hashes for items in proxy.tasks},
+            fingerprint=proxy.fingerprint,
+            progress=show,
+        )
+
+    uniform = bench([]).keep(MergeStep(name="uniform", operator="linear", inputs=FIVE))
+    held_out["uniform"] = judge.score(uniform, "held_out")
+    print(json.dumps({"model": "uniform average", "held_out": round(held_out["uniform"].mean, 4)}), flush=True)
+    for word in searches:
+        strategy, _, operator = word.partition(":")
+        work = bench([f"merge.strategy={strategy}", f"merge.operators=[{operator}]"])
+        began = time.monotonic()
+        outcome = merge_cluster(STRATEGIES.get(strategy).plan(cluster, work.section), work)
+        row = {
+            "search": word,
+            "seconds": round(time.monotonic() - began),
+            "candidates": sum(trial.tried for trial in outcome.trials),
+            "dropped_early": sum(trial.stopped for trial in outcome.trials),
+            "weights": {name: round(value, 3) for name, value in outcome.weights.items()},
+        }
+        if outcome.result is not None:
+            accepted = [trial for trial in outcome.trials if trial.accepted and trial.score is not None]
+            scores = judge.score(outcome.result, "held_out")
+            row |= {"proxy": round(max(trial.score or 0 for trial in accepted), 4), "held_out": round(scores.mean, 4)}
+            row |= {task.task: round(task.mean, 4) for task in scores.tasks}
+            for label, other in (("best_single", best), ("uniform", "uniform")):
+                interval = paired_interval(scores, held_out[other])
+                row[f"minus_{label}"] = [round(value, 4) for value in interval]
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
