@@ -145,10 +145,11 @@ def _fisher(model: Any, headers: Headers, passes: Passes) -> Found:
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
     count = 0
     for text, ids in passes:
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        # Not yet the mean: in half precision the smallest gradients would be lost.
-        loss = torch.nn.functional.cross_entropy(logits, draw(logits, text), reduction="sum")
-        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        with torch.enable_grad():  # lm-eval turns gradients off for the whole process
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            # Not yet the mean: in half precision the smallest gradients would be lost.
+            loss = torch.nn.functional.cross_entropy(logits, draw(logits, text), reduction="sum")
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         for total, gradient in zip(sums.values(), gradients, strict=True):
             if gradient is not None:  # an expert that no token was sent to has none
                 total.addcmul_(gradient.float(), gradient.float(), value=1 / len(logits) ** 2)

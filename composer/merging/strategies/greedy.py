@@ -73,13 +73,13 @@ class Greedy:
         grid = tuple(workbench.section.coefficients) if self.grid else ()
         number = 0
         while waiting:
-            newcomer = self._next(growth, waiting, workbench)
+            newcomer, near = self._next(growth, waiting, workbench)
             waiting.remove(newcomer)
             number += 1
             name = f"{plan.cluster}-{operator}-{number}".replace("_", "-")
             steps = growth.candidates(newcomer, grid, name)
             standings = workbench.race(steps, growth.scores, f"{operator}: {newcomer} into {growth.current}")
-            trial, winner = decide(standings, growth.scores, workbench, f"with {newcomer} merged in")
+            trial, winner = decide(standings, growth.scores, workbench, f"with {newcomer} merged in{near}")
             if winner is not None and growth.kind.most == 2:
                 try:
                     workbench.keep(winner.step)
@@ -94,13 +94,15 @@ class Greedy:
             refused = []
         return growth
 
-    def _next(self, growth: Growth, waiting: list[str], workbench: Workbench) -> str:
-        if not self.by_similarity or len(waiting) == 1:
-            return waiting[0]
+    def _next(self, growth: Growth, waiting: list[str], workbench: Workbench) -> tuple[str, str]:
+        """Return what comes next, and in words how similar it is to the merge so far."""
+        if not self.by_similarity:
+            return waiting[0], ""
         step = growth.step or MergeStep(name=growth.current, operator="passthrough", inputs=growth.sources)
         near = workbench.closeness(step, waiting)
         sign = 1 if workbench.section.order == "most_similar" else -1
-        return max(waiting, key=lambda name: sign * near[name])
+        chosen = max(waiting, key=lambda name: sign * near[name])
+        return chosen, f" (cosine {near[chosen]:.2f} to what it joins)"
 
 
 def decide(standings: list[Standing], best: Scores, workbench: Workbench, what: str) -> tuple[Trial, Standing | None]:
