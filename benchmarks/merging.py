@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,24 @@ def zoo() -> Path:
     return Path(os.environ["COMPOSER_ZOO"])
 
 
+@cache
+def inspected(name: str, root: Path) -> Any:
+    """Return a checkpoint of the zoo; its hash is known to the store of `root` from then on."""
+    from composer.artefacts import Store
+    from composer.zoo import inspect_checkpoint
+
+    return inspect_checkpoint(name, zoo() / name, Store(root))
+
+
 def bound(operator: str, parameters: dict[str, Any], shelf: Any, store: Any) -> Any:
     """Return a merge of the first specialists."""
     from composer.merging.engine.merge import Merge
     from composer.merging.operators import OPERATORS
     from composer.merging.plan import MergeStep
-    from composer.zoo import inspect_checkpoint
 
     names = NAMES[: OPERATORS.get(operator).most or 3]
-    models = [inspect_checkpoint(name, zoo() / name, store) for name in names]
-    base = inspect_checkpoint(BASE, zoo() / BASE, store)
+    models = [inspected(name, store.root) for name in names]
+    base = inspected(BASE, store.root)
     return Merge(MergeStep(name="m", operator=operator, inputs=names, parameters=parameters), models, base, shelf)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer.errors import EvaluationError
@@ -22,7 +24,7 @@ from composer.zoo import Checkpoint
 from tests.conftest import MODELS, QUICKSTART
 
 STORY = "Once upon a time there was a little girl who lived near the woods. "
-LIKELIHOODS = ["letters", "words", "open", "empty", "long", "mutual"]
+LIKELIHOODS = ["letters", "words", "open", "empty", "long", "mutual", "uneven"]
 """All tasks of `folder` whose requests are log-likelihoods."""
 
 LOADER = """
@@ -73,9 +75,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder, "letters", "multiple_choice", [{**row, "choices": list("tsam")} for row in several])
     write(folder, "words", "multiple_choice", several, metric="acc_norm")
     write(folder, "mutual", "multiple_choice", several[:3], metric="acc_mutual_info")
-    write(folder, "empty", "multiple_choice", [{**several[0], "context": ""}], plain)
+    nothing = {"context": "", "choices": [*endings, "<s>Then she", "<|endoftext|>Then she"], "answer": 0}
+    write(folder, "empty", "multiple_choice", [nothing], plain)
     long = [{**row, "context": STORY * (30 + n)} for n, row in enumerate(several[:3])]
     write(folder, "long", "multiple_choice", long)
+    uneven = [
+        {"context": (STORY * 2)[:130].strip(), "choices": ["sat", endings[1]], "answer": 0},
+        {"context": "Once", "choices": ["upon", STORY[5:60].strip()], "answer": 0},
+    ]
+    write(folder, "uneven", "multiple_choice", uneven)
     spoken = [{"context": one, "answer": endings[n % 4]} for n, one in enumerate(starts)]
     write(folder, "open", "loglikelihood", spoken, *free, metric="likelihood")
     write(folder, "rolling", "loglikelihood_rolling", spoken[:3], *free, metric="likelihood")
@@ -86,7 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spoken[:4],
         "doc_to_target: '{{answer}}'\nprocess_results: !function mine.spelled\nrepeats: 2",
         "generation_kwargs: {max_gen_toks: 12, until: ['.'], do_sample: false}",
-        "filter_list:\n  - {name: lower, filter: [{function: lowercase}, {function: take_first}]}",
+        "filter_list:\n  - name: lower",
+        "    filter: [{function: take_first_k, k: 2}, {function: lowercase}, {function: take_first}]",
         "  - {name: upper, filter: [{function: uppercase}, {function: take_first}]}",
         metric="spelled",
     )
@@ -117,14 +126,15 @@ def answers(scorer: LiveScorer) -> list[tuple[float, bool]]:
     return [request.resps[0] for items in scorer._requests.values() for own in items.values() for request in own]
 
 
+def lm_eval_model(model: Any, tokenizer: Any, batch_size: int = 4) -> HFLM:
+    """lm-eval's own transformers model."""
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
 def agrees(scorer: LiveScorer, model: Any, tokenizer: Any, batch_size: int = 4) -> None:
     """Check every log-likelihood of the scorer's last call against lm-eval's."""
-    from lm_eval.models.huggingface import HFLM
-
     requests = [request for items in scorer._requests.values() for own in items.values() for request in own]
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size).loglikelihood(
-        requests, disable_tqdm=True
-    )
+    theirs = lm_eval_model(model, tokenizer, batch_size).loglikelihood(requests, disable_tqdm=True)
     assert len(theirs) > 0
     for ours, (likelihood, greedy) in zip(answers(scorer), theirs, strict=True):
         assert ours[0] == pytest.approx(likelihood, abs=1e-4)
@@ -132,15 +142,16 @@ def agrees(scorer: LiveScorer, model: Any, tokenizer: Any, batch_size: int = 4) 
 
 
 class Fed:
-    """Counts what a model is given to read."""
+    """Counts what a model is given to read, and for how many tokens it predicts the next."""
 
     def __init__(self, model: Any) -> None:
         self.shapes: list[tuple[int, int]] = []
-        model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.predicted = 0
+        model.register_forward_hook(self._note)
 
-    def _note(self, _: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        ids = arguments[0] if arguments else options["input_ids"]
-        self.shapes.append((ids.shape[0], ids.shape[1]))
+    def _note(self, _: Any, arguments: tuple[torch.Tensor], output: Any) -> None:
+        self.shapes.append((arguments[0].shape[0], arguments[0].shape[1]))
+        self.predicted += output.logits.shape[0] * output.logits.shape[1]
 
     @property
     def tokens(self) -> int:
@@ -164,9 +175,13 @@ def test_scores_are_those_of_lm_eval(quick: dict[str, Checkpoint], name: str, lo
     assert scorer.score("it") == ours, "what lm-eval leaves on the tasks does not matter"
 
 
-@pytest.mark.parametrize("name", ["stories-math", "script-code"])
-def test_every_log_likelihood_is_lm_evals(name: str, load: Load) -> None:
+@pytest.mark.parametrize(("name", "starts"), [("stories-math", False), ("stories-math", True), ("script-code", False)])
+def test_every_log_likelihood_is_lm_evals(name: str, starts: bool, load: Load) -> None:
     model, tokenizer = live_model(name)
+    if starts:  # a tokenizer that puts a token before every text
+        first = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[first])
+        assert tokenizer.encode("Once")[0] == tokenizer.bos_token_id
     scorer = LiveScorer(model, tokenizer, load(*LIKELIHOODS), batch_size=4)
     lengths = {
         task: {len(scorer._pairs[id(request)][1]) for own in items.values() for request in own}
@@ -177,6 +192,38 @@ def test_every_log_likelihood_is_lm_evals(name: str, load: Load) -> None:
     assert any(len(context) > model.config.max_position_embeddings for context, _ in scorer._pairs.values())
     scorer.score("it")
     agrees(scorer, model, tokenizer)
+
+
+def test_greedy_means_every_token() -> None:
+    model, tokenizer = live_model("stories-math")
+    lm = LiveScorer(model, tokenizer, Split(name="proxy", tasks=()))._lm
+    context = tokenizer.encode(STORY)
+
+    def on(*tokens: int) -> list[int]:
+        """Let the model write three more tokens after the context and some others."""
+        read = torch.tensor([[*context, *tokens]])
+        return [*tokens, *model.generate(read, max_new_tokens=3, do_sample=False)[0, read.shape[1] :].tolist()]
+
+    greedy, other = on(), on(7)
+    tried = [greedy, greedy[:1], greedy[:2], other, [*greedy[:2], 7], [greedy[0], 7, greedy[2]], [7]]
+    with torch.inference_mode():
+        answers = lm.answers([(tuple(context), tuple(one)) for one in tried])
+    assert [answer[1] for answer in answers] == [True, True, True, False, False, False, False]
+    theirs = lm_eval_model(model, tokenizer)._loglikelihood_tokens([(None, context, one) for one in tried])
+    for ours, (likelihood, is_greedy) in zip(answers, theirs, strict=True):
+        assert ours == (pytest.approx(likelihood, abs=1e-4), is_greedy)
+
+
+def test_a_tokenizer_may_be_of_any_kind(load: Load) -> None:
+    model, tokenizer = live_model("stories-math")
+
+    class Foreign:  # as Mistral's, which derives from none that lm-eval takes
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    split = load("words")
+    expected = LiveScorer(model, tokenizer, split).score("it")
+    assert LiveScorer(model, Foreign(), split).score("it") == expected
 
 
 def test_quickstart_items_score_the_same(quick: dict[str, Checkpoint]) -> None:
@@ -210,9 +257,10 @@ def test_other_architectures_agree_too(kind: str, settings: dict[str, Any], shar
     for parameter in model.parameters():
         parameter.data *= 3  # else everything is about as likely as everything else
     # Where rotations depend on the length of a text, lm-eval too scores it otherwise beside a longer one.
-    size = 1 if "rope_parameters" in settings else 4
+    size = 1 if "rope_parameters" in settings else 16
     scorer = LiveScorer(model, tokenizer, load(*LIKELIHOODS), batch_size=size)
     assert scorer._lm.shares is shares
+    model.train()  # as a search might leave it
     scorer.score("it")
     agrees(scorer, model, tokenizer, size)
 
@@ -255,23 +303,23 @@ def test_nothing_is_read_twice_and_only_what_was_asked_for(load: Load) -> None:
     scorer = LiveScorer(model, tokenizer, split, batch_size=1)
     fed = Fed(model)
 
-    def least(hashes: dict[str, list[str]]) -> int:
+    def least(hashes: dict[str, list[str]]) -> tuple[int, int]:
         pairs = [
             scorer._pairs[id(request)]
             for task, items in hashes.items()
             for item in items
             for request in scorer._requests[task][item]
         ]
-        return sum(len(context) for context in {context for context, _ in pairs}) + sum(
-            len(one) - 1 for _, one in pairs
-        )
+        contexts = {context for context, _ in pairs}
+        more = sum(len(continuation) - 1 for _, continuation in pairs)
+        return sum(len(context) for context in contexts) + more, len(contexts) + more
 
     everything = scorer.score("it")
-    assert fed.tokens == least({items.name: list(items.hashes) for items in split.tasks})
+    assert (fed.tokens, fed.predicted) == least({items.name: list(items.hashes) for items in split.tasks})
     only = {"words": list(split.tasks[1].hashes[2:4]), "open": list(split.tasks[2].hashes[:1]), "letters": []}
-    fed.shapes.clear()
+    fed.shapes, fed.predicted = [], 0
     some = scorer.score("it", only)
-    assert fed.tokens == least(only)
+    assert (fed.tokens, fed.predicted) == least(only)
     assert [task.task for task in some.tasks] == ["words", "open"], "a task without items is left out"
     for task in some.tasks:
         assert list(task.items) == only[task.task]

@@ -429,6 +429,7 @@ def test_odd_paths_and_a_full_disk(
     step = MergeStep(name="x", operator="linear", inputs=("odd", "stories-web"))
     merge = Merge(step, [inspect_checkpoint("odd", odd, store), quick["stories-web"]], None, Shelf())
     assert same(whole(merge), whole(bind("linear", quick, ("stories-math", "stories-web"))))
+    (small_disk / "ballast").write_bytes(b"0" * 900_000)
     narrow = Store(small_disk / "store")
     with pytest.raises(DiskFullError):
         export(merge, "x", narrow)

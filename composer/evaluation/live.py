@@ -102,22 +102,23 @@ def _requests(items: Items) -> dict[str, list[Any]]:
     task = items.task
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise EvaluationError(f"task '{items.name}' runs generated code or needs more than text; choose another one")
+    others = getattr(task, "_instances", None)  # the task may be in use elsewhere
     task.set_fewshot_seed(FEWSHOT_SEED)
     with redirect_stderr(StringIO()):  # lm-eval asks nobody whether to show this bar
         task.build_all_requests(samples=list(items.indices))
     requests: dict[str, list[Any]] = {item: [] for item in items.hashes}
     for request in task.instances:
         requests[items.hashes[request.doc_id]].append(request)  # lm-eval counts the chosen documents only
-    task._instances = None
+    task._instances = others
     return requests
 
 
 def _evaluate(items: Items, chosen: dict[str, list[Any]]) -> TaskScore:
     """Return the metric of answered items; of several filters the first counts."""
     task = items.task
-    task._instances = [request for requests in chosen.values() for request in requests]
+    others, task._instances = task._instances, [request for requests in chosen.values() for request in requests]
     task.apply_filters()
-    task._instances = None
+    task._instances = others
     indices = dict(zip(items.hashes, items.indices, strict=True))
     rows = []
     for item, requests in chosen.items():

@@ -1,12 +1,13 @@
 """The arithmetic of merging one tensor.
 
-A kernel takes a `Group`, all that goes into one output tensor, and yields the merged tensor in float32, in blocks
-that fit the processor's cache, in order. What is elementwise is computed block by block; what is not (a sort, a norm)
-is computed once and remembered. The operations and their order are mergekit's, so that the result is mergekit's to
-the last bit; where there is nothing to remember, the kernel is mergekit's own (`whole`).
+A kernel takes a `Group`, all that goes into one output tensor, and returns what computes any block of the merged
+tensor. What is not elementwise (a sort, a norm, a random mask) is computed by the kernel, tensor after tensor in
+mergekit's order and with all threads, and remembered where it can be; blocks fit the processor's cache and are
+computed by one thread each. The operations and their order are mergekit's, so that the result is mergekit's to the last
+bit; where there is nothing to remember, the kernel is mergekit's own (`whole`).
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,16 +17,13 @@ from composer.merging.operators import Operator, Resolved
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 """Elements computed at a time; a multiple of 8, since masks are packed."""
 
 SLERP_CHUNK = 1 << 20
 """Elements that mergekit takes a norm of at a time; part of the result, as sums of floats are."""
 COLLINEAR = 0.9995
 """Cosine beyond which mergekit's slerp is linear."""
-
-Block = tuple[int, "torch.Tensor"]
-"""Where a block starts, and its elements in float32."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +61,30 @@ class Group:
         """Return a parameter that has one value."""
         return cast("float", self.values[key])
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield start and stop of each block."""
-        for start in range(0, self.elements, BLOCK):
-            yield start, min(start + BLOCK, self.elements)
+
+Compute = Callable[[int, int], "torch.Tensor"]
+"""Returns the elements of the merged tensor from `start` (a multiple of 8) to `stop`, flat, in float32."""
+
+Kernel = Callable[[Group], Compute]
 
 
-Kernel = Callable[[Group], Iterator[Block]]
-
-
-def linear(group: Group) -> Iterator[Block]:
+def linear(group: Group) -> Compute:
     """Weighted mean: ``sum(weight * input) / sum(weight)``."""
     import torch
 
     weights = torch.tensor([group.numbers("weight")])
     total = weights.sum(dim=1)
-    for start, stop in group.blocks():
+
+    def block(start: int, stop: int) -> "torch.Tensor":
         result = torch.zeros(stop - start)
         for tensor, weight in zip(group.inputs, weights.unbind(1), strict=True):
             result.addcmul_(tensor[start:stop].float(), weight)
-        if group.values["normalize"]:
-            result.div_(total)
-        yield start, result
+        return result.div_(total) if group.values["normalize"] else result
+
+    return block
 
 
-def slerp(group: Group) -> Iterator[Block]:
+def slerp(group: Group) -> Compute:
     """Spherical interpolation: ``(sin((1 - t) θ) a + sin(t θ) b) / sin θ``, linear where θ is small."""
     import torch
 
@@ -98,8 +95,11 @@ def slerp(group: Group) -> Iterator[Block]:
     theta = torch.acos(torch.where(straight, 0, cosine))
     a = torch.where(straight, 1 - t, torch.sin((1 - t) * theta) / torch.sin(theta))
     b = torch.where(straight, t, torch.sin(t * theta) / torch.sin(theta))
-    for start, stop in group.blocks():
-        yield start, (a * first[None, start:stop].float() + b * second[None, start:stop].float())[0]
+
+    def block(start: int, stop: int) -> "torch.Tensor":
+        return (a * first[None, start:stop].float() + b * second[None, start:stop].float())[0]
+
+    return block
 
 
 def _cosine(first: "torch.Tensor", second: "torch.Tensor") -> "torch.Tensor":
@@ -122,7 +122,7 @@ def _cosine(first: "torch.Tensor", second: "torch.Tensor") -> "torch.Tensor":
     return torch.stack(dots).sum(dim=0).clamp(-1, 1)
 
 
-def task_vectors(group: Group) -> Iterator[Block]:
+def task_vectors(group: Group) -> Compute:
     """Base + lambda × combination of sparsified task vectors.
 
     The combination is the sum, or with elected signs (TIES, arXiv 2306.01708) the sum over the inputs whose change
@@ -138,7 +138,8 @@ def task_vectors(group: Group) -> Iterator[Block]:
     total = weights.sum(dim=0)
     total[total.abs() < 1e-8] = 1
     scale = group.number("lambda")
-    for start, stop in group.blocks():
+
+    def block(start: int, stop: int) -> "torch.Tensor":
         base = origin[start:stop].float()
         deltas = torch.empty(len(group.inputs), stop - start)
         for row, tensor, mask in zip(deltas, group.inputs, masks, strict=True):
@@ -159,7 +160,9 @@ def task_vectors(group: Group) -> Iterator[Block]:
             mixed /= divisor
         if scale != 1:
             mixed *= scale
-        yield start, base.add_(mixed)
+        return base.add_(mixed)
+
+    return block
 
 
 def _mask(group: Group, method: Any, index: int) -> Mask | None:
@@ -196,7 +199,7 @@ def _sparsify(group: Group, method: Any, index: int, settings: dict[str, float],
     return Mask(torch.from_numpy(np.packbits((kept != 0).flatten().numpy())), scale)
 
 
-def whole(group: Group) -> Iterator[Block]:
+def whole(group: Group) -> Compute:
     """Merge the whole tensor at once with mergekit's own method."""
     from mergekit import merge_methods
     from mergekit.merge_methods import merge_tensors
@@ -213,10 +216,15 @@ def whole(group: Group) -> Iterator[Block]:
             value = group.values[spec.name]
             parameters[spec.name] = dict(enumerate(value)) if isinstance(value, list) else spec.validate(value)
     merged = merge_tensors(tensors, method, parameters=parameters, base_index=base, name=group.name)
-    yield 0, merged.flatten().float()
+    return part_of(merged)
 
 
-def copy(group: Group) -> Iterator[Block]:
+def copy(group: Group) -> Compute:
     """Take the one input as it is."""
-    for start, stop in group.blocks():
-        yield start, group.inputs[0][start:stop].float()
+    return part_of(group.inputs[0])
+
+
+def part_of(tensor: "torch.Tensor") -> Compute:
+    """Return what gives parts of a tensor that is there."""
+    flat = tensor.reshape(-1)
+    return lambda start, stop: flat[start:stop].float()

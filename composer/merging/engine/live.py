@@ -59,14 +59,10 @@ class LiveModel:
         Raises:
             MergeError: if the operator fails.
         """
-        import torch
-
         if self._targets is None:
             self._load_from_disk(merge)
-            return
-        with torch.no_grad():
-            for name, start, block in merge.blocks():
-                self._targets[name][start : start + block.numel()].copy_(block)
+        else:
+            merge.fill(self._targets)
 
     def _find_targets(self, merge: Merge) -> "dict[str, torch.Tensor] | None":
         """Return the flat parameter that each tensor goes into, or None if names in the model are not the files'."""

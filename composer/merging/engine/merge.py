@@ -4,15 +4,17 @@ The same blocks go into the parameters of a live model (`live.py`) and into file
 what was scored.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from composer.artefacts import digest
-from composer.errors import MergeError
-from composer.merging.engine.kernels import Group
+from composer.errors import MergeError, first_line
+from composer.merging.engine.kernels import BLOCK, Group
 from composer.merging.engine.memo import Mask, Memo
 from composer.merging.engine.vocabulary import Vocabulary, align_vocabularies
 from composer.merging.operators import OPERATORS, Operator, group_count, group_of, values_at
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Storage types as safetensors and as torch names them."""
 _STORED = {name: kind for kind, name in DTYPES.items()}
+
+WORKERS = 16
+"""Threads that compute at most: merging is bound by memory, which a few of them use up."""
+AHEAD = 2
+"""Tensors that may wait for each thread."""
 
 Statistics = Callable[[str, Checkpoint], "MappedStatistics"]
 
@@ -170,6 +177,41 @@ class Merge:
         Raises:
             MergeError: if the operator fails on a tensor.
         """
+        for name, compute in self._computed():
+            for start in range(0, self.slots[name].header.elements, BLOCK):
+                yield name, start, compute(start)
+
+    def fill(self, targets: "Mapping[str, torch.Tensor]") -> None:
+        """Compute the result into flat tensors by name, tensors side by side.
+
+        Raises:
+            MergeError: if the operator fails on a tensor.
+        """
+        import torch
+
+        def fill_one(target: "torch.Tensor", compute: "Callable[[int], torch.Tensor]") -> None:
+            with torch.no_grad():
+                for start in range(0, target.numel(), BLOCK):
+                    block = compute(start)
+                    target[start : start + block.numel()].copy_(block)
+
+        threads = torch.get_num_threads()
+        # Threads that wait for each other at every block lose more than they gain, all the more on a busy machine.
+        pool = ThreadPoolExecutor(min(threads, WORKERS), initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            running: deque[Future[None]] = deque()
+            for name, compute in self._computed():
+                running.append(pool.submit(fill_one, targets[name], compute))
+                while len(running) > AHEAD * WORKERS:  # what waits holds memory where a tensor was merged whole
+                    running.popleft().result()
+            for one in running:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # new threads take the number that was set last, by whomever
+
+    def _computed(self) -> "Iterator[tuple[str, Callable[[int], torch.Tensor]]]":
+        """Yield each tensor's name, and what returns the block of it that starts somewhere."""
         import torch
 
         if self.operator.statistics:
@@ -182,21 +224,30 @@ class Merge:
             str([value for key, value in self.values.items() if key not in ("weight", "lambda", "normalize")]),
             self.seed,
         )
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), self.shelf.memo.draw(draw) as drawn:
+        with torch.random.fork_rng(devices=[]), self.shelf.memo.draw(draw) as drawn:
             torch.manual_seed(self.seed)
             for name, slot in self.slots.items():
-                dtype = slot.header.torch_dtype
                 try:
-                    if not slot.header.floating:
-                        yield name, 0, self._agreed(name, slot)
-                        continue
-                    group = self._group(name, slot, drawn)
-                    for start, block in self.operator.load()(group):
-                        yield name, start, block.to(dtype)
+                    with torch.no_grad():
+                        compute = self._compute(name, slot, drawn)
                 except (RuntimeError, ValueError, TypeError) as error:
-                    reason = str(error).splitlines()[0]
+                    reason = first_line(error)
                     raise MergeError(f"merge '{self.step.name}' ({self.step.operator}): {name}: {reason}") from error
+                yield name, compute
+
+    def _compute(self, name: str, slot: Slot, drawn: dict[Hashable, Mask]) -> "Callable[[int], torch.Tensor]":
+        header = slot.header
+        whole = self.operator.load()(self._group(name, slot, drawn)) if header.floating else None
+        agreed = None if whole else self._agreed(name, slot)
+
+        def block(start: int) -> "torch.Tensor":
+            stop = min(start + BLOCK, header.elements)
+            found = whole(start, stop).to(header.torch_dtype) if whole else cast("torch.Tensor", agreed)[start:stop]
+            if stop == header.elements:
                 self._release(slot)
+            return found
+
+        return block
 
     def _group(self, name: str, slot: Slot, drawn: dict[Hashable, Mask]) -> Group:
         sources = [(self.inputs[index], source) for index, source in slot.sources]

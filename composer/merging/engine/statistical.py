@@ -1,8 +1,11 @@
 """Kernels of operators that know more of their inputs than the weights: statistics of the probe texts."""
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from composer.merging.engine.kernels import Block, Group
+from composer.merging.engine.kernels import Compute, Group, part_of
+
+if TYPE_CHECKING:
+    import torch
 
 RIDGE = 1e-6
 """Added to the diagonal of RegMean's inner products, relative to its mean: an input that is never active has none."""
@@ -11,7 +14,7 @@ TINY = 1e-30
 """Keeps a tensor that no input cares about from being divided by zero."""
 
 
-def fisher(group: Group) -> Iterator[Block]:
+def fisher(group: Group) -> Compute:
     """Fisher-weighted mean: ``sum(weight * F * input) / sum(weight * F)`` (arXiv 2111.09832, equation 4).
 
     A tensor that no gradient reaches is averaged by the weights alone.
@@ -26,16 +29,19 @@ def fisher(group: Group) -> Iterator[Block]:
         group.number("floor") * group.memo.number(("fisher", group.name, name), one.mean) + TINY
         for name, one in zip(group.hashes[: len(values)], values, strict=True)
     ]
-    for start, stop in group.blocks():
+
+    def block(start: int, stop: int) -> "torch.Tensor":
         above, below = torch.zeros(stop - start), torch.zeros(stop - start)
         for tensor, one, floor, weight in zip(group.inputs, values, floors, weights, strict=True):
             importance = (one[start:stop] + floor).mul_(weight)
             above.addcmul_(tensor[start:stop].float(), importance)
             below.add_(importance)
-        yield start, above.div_(below)
+        return above.div_(below)
+
+    return block
 
 
-def regmean(group: Group) -> Iterator[Block]:
+def regmean(group: Group) -> Compute:
     """Closed-form merge of a linear layer `[out, in]` (arXiv 2212.09849, section 3.2).
 
     ``W = (sum W_i G_i) (sum G_i)^-1`` with ``G_i`` the inner products of the layer's inputs, what is off their
@@ -45,9 +51,7 @@ def regmean(group: Group) -> Iterator[Block]:
 
     known = [one for one in group.statistics if one is not None]
     if len(known) < len(group.inputs):
-        for start, stop in group.blocks():
-            yield start, torch.stack([one[start:stop].float() for one in group.inputs]).mean(dim=0)
-        return
+        return lambda start, stop: torch.stack([one[start:stop].float() for one in group.inputs]).mean(dim=0)
     above = torch.zeros(group.shape, dtype=torch.float64)
     below = torch.zeros(group.shape[1], group.shape[1], dtype=torch.float64)
     for tensor, products in zip(group.inputs, known, strict=True):
@@ -56,4 +60,4 @@ def regmean(group: Group) -> Iterator[Block]:
         above += tensor.reshape(group.shape).double() @ gram
         below += gram
     below.diagonal().add_(below.diagonal().mean() * RIDGE)
-    yield 0, torch.linalg.solve(below, above.T).T.flatten().float()
+    return part_of(torch.linalg.solve(below, above.T).T)
