@@ -2,7 +2,7 @@
 
     COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/merging.py [PART ...]
 
-Parts: trial, export, search; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of it as Hugging
+Parts: trial, export, search, choices; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of it as Hugging
 Face directories (smollm2-135m-instruct, smol-sst2, …), and the data sets of recipes/smollm2.yaml. Prints one JSON
 object a measurement; each is made in a process of its own, times are medians.
 
@@ -10,7 +10,8 @@ object a measurement; each is made in a process of its own, times are medians.
   (`mergekit-yaml`) on the same merge; TIES and others from the second trial on, against a call of mergekit's
   `run_merge` in a process that is warm. `remembered_s` is what the first trial took.
 - export: writing a merge, against `run_merge` on the same configuration; whether the files hold the same.
-- search: strategy `coefficient` over six models on 100 proxy items, against the plain way: each candidate merged to
+- search, choices: strategy `coefficient` over six models on the recipe's five tasks, or on the three of them that are
+  multiple choice, ITEMS proxy items each, against the plain way: each candidate merged to
   disk by `run_merge`, loaded by transformers, scored by lm-eval. Of the plain way every SAMPLEth candidate is made,
   and the total is its mean times the number of candidates. Memory is what the search adds to a process that has
   imported everything, in models' worth of float32.
@@ -36,6 +37,8 @@ BASE = "smollm2-135m-instruct"
 NAMES = ("smol-math", "smol-code", "smol-science", "smol-sst2", "smol-agnews")
 ROUNDS = 5
 SAMPLE = 9
+ITEMS = 8
+CHOICES = "[smol_sst2, smol_agnews, smol_arc_easy]"
 TRIALS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": [0.2 + 0.1 * n, 0.5, 0.3]} for n in range(ROUNDS + 1)],
     "task_arithmetic": [{"weight": 0.2 + 0.1 * n} for n in range(ROUNDS + 1)],
@@ -184,7 +187,7 @@ class Memory(threading.Thread):
             time.sleep(0.02)
 
 
-def workbench(directory: Path, early_stopping: bool) -> tuple[Any, Any]:
+def workbench(directory: Path, tasks: str) -> tuple[Any, Any]:
     """Return the plan and the workbench of a coefficient search."""
     from composer.artefacts import Store
     from composer.clustering import Cluster
@@ -197,12 +200,13 @@ def workbench(directory: Path, early_stopping: bool) -> tuple[Any, Any]:
     from composer.recipe import load_recipe
     from composer.zoo import Zoo, inspect_checkpoint
 
-    recipe = load_recipe(ROOT / "recipes" / "smollm2.yaml")
+    overrides = [f"evaluate.proxy_limit={ITEMS}", *([f"evaluate.tasks={tasks}"] if tasks else [])]
+    recipe = load_recipe(ROOT / "recipes" / "smollm2.yaml", overrides)
     store = Store(directory)
     models = tuple(inspect_checkpoint(name, zoo() / name, store) for name in (*NAMES, BASE))
     judge = Judge(recipe.evaluate, recipe.probes, store.root)
     split = judge.split("proxy")
-    section = MergeSection(strategy="coefficient", early_stopping=early_stopping)
+    section = MergeSection(strategy="coefficient")
     bench = Workbench(
         zoo=Zoo(members=models, base=models[-1]),
         cluster="cluster-1",
@@ -216,7 +220,7 @@ def workbench(directory: Path, early_stopping: bool) -> tuple[Any, Any]:
     return STRATEGIES.get("coefficient").plan(cluster, section), bench
 
 
-def search(directory: Path, early_stopping: bool = True) -> dict[str, Any]:
+def search(tasks: str, directory: Path) -> dict[str, Any]:
     """Time a search, and weigh it."""
     import mergekit.merge_methods
     import transformers
@@ -224,12 +228,14 @@ def search(directory: Path, early_stopping: bool = True) -> dict[str, Any]:
     from composer.merging.merge import merge_cluster
 
     del mergekit, transformers
-    plan, bench = workbench(directory, early_stopping)
+    plan, bench = workbench(directory, tasks)
     before = psutil.Process().memory_info().rss
     memory = Memory()
     alone, _ = timed(lambda: bench.scores(plan.members))
     seconds, outcome = timed(lambda: merge_cluster(plan, bench))
-    rows = bench.log._base.execute("SELECT count(*), sum(merge_seconds), sum(score_seconds) FROM trials").fetchone()
+    rows = bench.log._base.execute(
+        "SELECT count(*), sum(merge_seconds), sum(score_seconds), sum(items) FROM trials"
+    ).fetchone()
     one = 4 * bench.zoo.members[0].parameters
     written = sum(file.stat().st_size for file in (directory / "merged").rglob("*.safetensors"))
     return {
@@ -238,6 +244,7 @@ def search(directory: Path, early_stopping: bool = True) -> dict[str, Any]:
         "search_s": seconds,
         "merging_s": rows[1],
         "scoring_s": rows[2],
+        "items_of_all": rows[3] / (rows[0] * sum(len(items) for items in bench.proxy.values())),
         "models_worth": (memory.own - before) / one,
         "mapped_models_worth": memory.files / one,
         "written_bytes": written,
@@ -247,7 +254,7 @@ def search(directory: Path, early_stopping: bool = True) -> dict[str, Any]:
     }
 
 
-def plain_search(directory: Path) -> dict[str, Any]:
+def plain_search(tasks: str, directory: Path) -> dict[str, Any]:
     """Time a few candidates of the same search made the plain way."""
     import gc
 
@@ -261,7 +268,7 @@ def plain_search(directory: Path) -> dict[str, Any]:
     from composer.merging.plan import MergeStep
     from composer.zoo import inspect_checkpoint
 
-    _, bench = workbench(directory, False)
+    _, bench = workbench(directory, tasks)
     [judge] = [bench.executor._make()]
     split, store = judge.split("proxy"), judge.store
     times = []
@@ -315,10 +322,11 @@ def main(parts: list[str]) -> None:
     if "export" in parts:
         for operator in ("linear", "task_arithmetic", "ties"):
             show("export", {"operator": operator, **child("export", operator)})
-    if "search" in parts:
-        ours, plain = child("search"), child("plain_search")
-        whole = plain["plain_candidate_s"] * ours["candidates"]
-        show("search", {**ours, **plain, "plain_search_s": whole, "ratio": whole / ours["search_s"]})
+    for part, tasks in (("search", ""), ("choices", CHOICES)):
+        if part in parts:
+            ours, plain = child("search", tasks), child("plain_search", tasks)
+            whole = plain["plain_candidate_s"] * ours["candidates"]
+            show(part, {**ours, **plain, "plain_search_s": whole, "ratio": whole / ours["search_s"]})
 
 
 if __name__ == "__main__":
@@ -328,4 +336,4 @@ if __name__ == "__main__":
     else:
         if not os.environ.get("COMPOSER_ZOO"):
             sys.exit("set COMPOSER_ZOO (and COMPOSER_DATA for the search); see the top of this file")
-        main(sys.argv[1:] or ["trial", "export", "search"])
+        main(sys.argv[1:] or ["trial", "export", "search", "choices"])

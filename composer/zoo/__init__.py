@@ -13,6 +13,7 @@ from composer.zoo.inspection import (
     inspect_zoo,
     missing_downloads,
     open_weights,
+    remember_hash,
 )
 from composer.zoo.references import ModelReference, Source
 from composer.zoo.weights import MappedWeights, SafetensorsWeights, TensorHeader, Weights, read_blocks, read_headers
@@ -40,4 +41,5 @@ __all__ = [
     "open_weights",
     "read_blocks",
     "read_headers",
+    "remember_hash",
 ]

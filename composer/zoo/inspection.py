@@ -371,11 +371,20 @@ def _hashes(name: str, files: list[Path], store: Store, progress: Progress) -> d
 
 def _file_hash(file: Path, store: Store) -> str:
     """Return a file's sha256, remembered by path, size and modification time."""
-    status = file.stat()
-    known = store.path("hashes", digest([str(file.resolve()), status.st_size, status.st_mtime_ns]))
+    known = _known_hash(file, store)
     if known.is_file():
         return known.read_text().strip()
     with file.open("rb") as stream:
         value = hashlib.file_digest(stream, "sha256").hexdigest()
     write_text(known, value + "\n")
     return value
+
+
+def remember_hash(file: Path, value: str, store: Store) -> None:
+    """Remember a file's sha256 that is known from writing it."""
+    write_text(_known_hash(file, store), value + "\n")
+
+
+def _known_hash(file: Path, store: Store) -> Path:
+    status = file.stat()
+    return store.path("hashes", digest([str(file.resolve()), status.st_size, status.st_mtime_ns]))

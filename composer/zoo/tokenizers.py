@@ -1,5 +1,6 @@
 """Tokenizers, from their files alone."""
 
+import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -9,23 +10,40 @@ from composer.artefacts import digest
 from composer.errors import ZooError
 from composer.zoo.checkpoint import TokenizerFingerprint
 
+TEMPLATE = "chat_template.jinja"
+
 SHARED_VOCABULARY = 0.9
 """Two vocabularies differ only by added tokens if the tokens of both stand in the same places, and these are at least
 this share of the smaller one."""
 
 
 def fingerprint(directory: Path) -> TokenizerFingerprint:
-    """Hash the parts of a checkpoint's tokenizer, each apart.
+    """Hash the parts of a checkpoint's tokenizer, each apart; the same files are parsed once a process.
 
     Raises:
         ZooError: if there is no readable ``tokenizer.json``.
     """
+    contents = [_content(directory / name) for name in ("tokenizer.json", "tokenizer_config.json", TEMPLATE)]
+    key = tuple(contents)
+    if key not in _fingerprints:
+        _fingerprints[key] = _fingerprint(directory)
+    return _fingerprints[key]
+
+
+_fingerprints: dict[tuple[str | None, ...], TokenizerFingerprint] = {}
+
+
+def _content(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _fingerprint(directory: Path) -> TokenizerFingerprint:
     tokenizer = _read(directory / "tokenizer.json", required=True)
     config = _read(directory / "tokenizer_config.json", required=False)
     own, added = _own(tokenizer), _added(tokenizer)
     merges = tokenizer.get("model", {}).get("merges", [])
     special = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    template_file = directory / "chat_template.jinja"
+    template_file = directory / TEMPLATE
     template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
     return TokenizerFingerprint(
         vocabulary=digest(own),

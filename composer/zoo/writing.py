@@ -1,11 +1,15 @@
 """Writing a checkpoint as an ordinary Hugging Face directory, a block of weights at a time."""
 
+import hashlib
 import json
+import os
 import shutil
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from composer.zoo.weights import INDEX, TensorHeader
 
@@ -16,10 +20,20 @@ SHARD_BYTES = 5 * 10**9
 """Largest weight file, unless a single tensor is larger."""
 
 
-class WeightsWriter:
-    """Writes tensors to safetensors files as they come; holds nothing but the block at hand.
+WAITING = 8
+"""Blocks that may wait to be written."""
+SYNC_BYTES = 1 << 26
+"""After so many bytes the disk is told to begin, so that not all is left to the end."""
 
-    Tensors must come in the order of their headers, and each from its first element to its last.
+
+class WeightsWriter:
+    """Writes tensors to safetensors files as they come; holds nothing but a few blocks.
+
+    Tensors must come in the order of their headers, and each from its first element to its last. Writing and hashing
+    are done by a thread of their own while the next blocks are computed.
+
+    Attributes:
+        hashes: sha256 of each file by name, once all is written.
     """
 
     def __init__(self, directory: Path, headers: dict[str, TensorHeader], shard_bytes: int = SHARD_BYTES) -> None:
@@ -30,7 +44,10 @@ class WeightsWriter:
         self._missing = 0
         """Elements of the tensor at hand that have not come yet."""
         self._number = 0
-        self._file: IO[bytes] | None = None
+        self._file: _HashedFile | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        self.hashes: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -45,7 +62,9 @@ class WeightsWriter:
             raise ValueError(f"a block of {name} where {self._missing} elements of {self._name} were due")
         self._missing -= block.numel()
         data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        cast("IO[bytes]", self._file).write(data)
+        self._waiting.append(self._thread.submit(cast("_HashedFile", self._file).write, data))
+        if len(self._waiting) > WAITING:
+            self._waiting.popleft().result()
 
     def _next(self, name: str) -> None:
         self._name = next(self._names, None)
@@ -66,8 +85,8 @@ class WeightsWriter:
             place = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = (self._directory / self._file_name(self._number)).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file = _HashedFile(self._directory / self._file_name(self._number))
+        self._file.write(memoryview(len(text).to_bytes(8, "little") + text))
         self._number = min(self._number + 1, len(self._shards) - 1)
 
     def _file_name(self, number: int) -> str:
@@ -75,16 +94,22 @@ class WeightsWriter:
         return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
 
     def _close(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
         if self._file is not None:
-            self._file.close()
+            self.hashes[self._file.path.name] = self._file.close()
             self._file = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
         if kind is not None:
+            self._thread.shutdown(cancel_futures=True)
+            if self._file is not None:
+                self._file.close()
             return
+        self._close()
+        self._thread.shutdown()
         left = self._name if self._missing else next(self._names, None)
         if left is not None:
             raise ValueError(f"tensor {left} was not written whole")
@@ -93,6 +118,31 @@ class WeightsWriter:
             total = sum(header.nbytes for header in self._headers.values())
             content = {"metadata": {"total_size": total}, "weight_map": names}
             (self._directory / INDEX).write_text(json.dumps(content, indent=2))
+
+
+class _HashedFile:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._unsynced = 0
+
+    def write(self, data: memoryview) -> None:
+        self._hash.update(data)
+        done = 0
+        while done < len(data):
+            done += self._file.write(data[done:]) or 0
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._unsynced = 0
+
+    def close(self) -> str:
+        """Close the file and return its sha256."""
+        self._file.close()
+        return self._hash.hexdigest()
 
 
 def _shards(headers: dict[str, TensorHeader], limit: int) -> list[list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 from composer.artefacts import Store
 from composer.merging.engine.merge import Merge
 from composer.merging.engine.stock import FILE, stock_yaml
-from composer.zoo import TOKENIZER_FILES, Checkpoint, Lineage, inspect_checkpoint
+from composer.zoo import TOKENIZER_FILES, Checkpoint, Lineage, inspect_checkpoint, remember_hash
 from composer.zoo.writing import WeightsWriter, copy_files, write_description
 
 LINEAGE = "lineage.json"
@@ -42,6 +42,8 @@ def export(merge: Merge, name: str, store: Store) -> Checkpoint:
             if stock is not None:
                 (directory / FILE).write_text(stock)
             (directory / "README.md").write_text(card(merge.lineage, name, stock))
+        for file, value in writer.hashes.items():
+            remember_hash(path / file, value, store)
     remote = any(one.remote_code for one in merge.inputs)
     return inspect_checkpoint(name, path, store, trust_remote_code=remote).renamed(name, merge.lineage)
 

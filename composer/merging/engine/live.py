@@ -61,8 +61,9 @@ class LiveModel:
         """
         if self._targets is None:
             self._load_from_disk(merge)
-        else:
-            merge.fill(self._targets)
+            return
+        for name, start, block in merge.blocks():
+            self._targets[name][start : start + block.numel()].copy_(block)
 
     def _find_targets(self, merge: Merge) -> "dict[str, torch.Tensor] | None":
         """Return the flat parameter that each tensor goes into, or None if names in the model are not the files'."""

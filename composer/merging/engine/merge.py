@@ -5,7 +5,7 @@ what was scored.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,8 +31,8 @@ _STORED = {name: kind for kind, name in DTYPES.items()}
 
 WORKERS = 16
 """Threads that compute at most: merging is bound by memory, which a few of them use up."""
-AHEAD = 2
-"""Tensors that may wait for each thread."""
+AHEAD = 4
+"""Blocks that may wait for each thread."""
 
 Statistics = Callable[[str, Checkpoint], "MappedStatistics"]
 
@@ -177,40 +177,28 @@ class Merge:
         Raises:
             MergeError: if the operator fails on a tensor.
         """
-        for name, compute in self._computed():
-            for start in range(0, self.slots[name].header.elements, BLOCK):
-                yield name, start, compute(start)
-
-    def fill(self, targets: "Mapping[str, torch.Tensor]") -> None:
-        """Compute the result into flat tensors by name, tensors side by side.
-
-        Raises:
-            MergeError: if the operator fails on a tensor.
-        """
         import torch
 
-        def fill_one(target: "torch.Tensor", compute: "Callable[[int], torch.Tensor]") -> None:
-            with torch.no_grad():
-                for start in range(0, target.numel(), BLOCK):
-                    block = compute(start)
-                    target[start : start + block.numel()].copy_(block)
-
         threads = torch.get_num_threads()
-        # Threads that wait for each other at every block lose more than they gain, all the more on a busy machine.
-        pool = ThreadPoolExecutor(min(threads, WORKERS), initializer=torch.set_num_threads, initargs=(1,))
+        workers = min(threads, WORKERS)
+        # Threads that wait for each other at every operation lose more than they gain, all the more on a busy machine.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        ahead: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         try:
-            running: deque[Future[None]] = deque()
-            for name, compute in self._computed():
-                running.append(pool.submit(fill_one, targets[name], compute))
-                while len(running) > AHEAD * WORKERS:  # what waits holds memory where a tensor was merged whole
-                    running.popleft().result()
-            for one in running:
-                one.result()
+            for name, compute in self._computed(threads):
+                torch.set_num_threads(1)  # for whoever takes the blocks
+                for start in range(0, self.slots[name].header.elements, BLOCK):
+                    ahead.append((name, start, pool.submit(compute, start)))
+                    if len(ahead) > AHEAD * workers:
+                        tensor, place, block = ahead.popleft()
+                        yield tensor, place, block.result()
+            for tensor, place, block in ahead:
+                yield tensor, place, block.result()
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # new threads take the number that was set last, by whomever
 
-    def _computed(self) -> "Iterator[tuple[str, Callable[[int], torch.Tensor]]]":
+    def _computed(self, threads: int) -> "Iterator[tuple[str, Callable[[int], torch.Tensor]]]":
         """Yield each tensor's name, and what returns the block of it that starts somewhere."""
         import torch
 
@@ -227,6 +215,7 @@ class Merge:
         with torch.random.fork_rng(devices=[]), self.shelf.memo.draw(draw) as drawn:
             torch.manual_seed(self.seed)
             for name, slot in self.slots.items():
+                torch.set_num_threads(threads)
                 try:
                     with torch.no_grad():
                         compute = self._compute(name, slot, drawn)
