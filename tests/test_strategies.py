@@ -174,6 +174,16 @@ def test_coefficient_scales_task_vectors(carry_out: Carry) -> None:
     assert outcome.weights == {"stories": pytest.approx(-0.2), **dict.fromkeys((SCIENCE, WEB, MATH), 0.4)}
 
 
+def test_a_grid_is_of_what_makes_a_difference(carry_out: Carry) -> None:
+    for operator, key in (("ties", "lambda"), ("della", "lambda"), ("dare_ties", "weight"), ("breadcrumbs", "weight")):
+        _, judge = carry_out(
+            "coefficient", lambda step: 0.1, operators=[operator], coefficients=[0.3, 0.6], proxy=operator
+        )
+        assert [step.parameters for step, _ in judge.tried[:2]] == [{key: 0.3}, {key: 0.6}], operator
+    _, judge = carry_out("average", lambda step: 0.1, operators=["ties"], proxy="plain")
+    assert judge.tried[0][0].parameters == {}, "divided by the sum of the weights, it is a mean as it is"
+
+
 def test_coefficient_goes_on_from_a_checkpoint_where_two_at_a_time_are_taken(carry_out: Carry) -> None:
     def score(step: MergeStep) -> float:
         t = step.parameters["t"]

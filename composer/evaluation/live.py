@@ -17,13 +17,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from composer.errors import EvaluationError
 from composer.evaluation.scores import Scores, TaskScore
-from composer.evaluation.tasks import Items, Split, _task_score
+from composer.evaluation.tasks import FEWSHOT_SEED, Items, Split, task_score
 
 TOKENS = 2048
 """Most tokens in one forward pass, padding included; a longer text goes alone."""
-
-FEWSHOT_SEED = 1234
-"""lm-eval's own; unseeded, every model would be shown other examples."""
 
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]
@@ -124,7 +121,7 @@ def _evaluate(items: Items, chosen: dict[str, list[Any]]) -> TaskScore:
     for item, requests in chosen.items():
         filtered = [next(iter(request.filtered_resps.values())) for request in requests]
         rows.append({"doc_id": indices[item], **task.process_results(requests[0].doc, filtered)})
-    return _task_score(items, rows)
+    return task_score(items, rows)
 
 
 class _Model(HFLM):  # type: ignore[misc]

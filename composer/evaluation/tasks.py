@@ -14,6 +14,9 @@ from composer.evaluation.scores import Scores, TaskScore
 from composer.evaluation.settings import EvaluateSection
 from composer.registry import nearest
 
+FEWSHOT_SEED = 1234
+"""lm-eval's own; unseeded, every model would be shown other examples, and comparisons would not be paired."""
+
 
 @dataclass(frozen=True)
 class Items:
@@ -168,16 +171,22 @@ def run_tasks(model: Any, split: Split, subject: str) -> Scores:
     tasks = {items.name: items.task for items in split.tasks}
     for task in tasks.values():
         task._instances = None  # lm-eval leaves the last model's requests on the task
+        task.set_fewshot_seed(FEWSHOT_SEED)
     samples = {items.name: list(items.indices) for items in split.tasks}
     results = evaluate(lm=model, task_dict=tasks, samples=samples, bootstrap_iters=0, log_samples=True)
     return Scores(
         subject=subject,
         split=split.name,
-        tasks=tuple(_task_score(items, results["samples"][items.name]) for items in split.tasks),
+        tasks=tuple(task_score(items, results["samples"][items.name]) for items in split.tasks),
     )
 
 
-def _task_score(items: Items, rows: list[dict[str, Any]]) -> TaskScore:
+def task_score(items: Items, rows: list[dict[str, Any]]) -> TaskScore:
+    """Return the metric of each item from lm-eval's rows, which give an item by its place in the task's documents.
+
+    Raises:
+        EvaluationError: if the metric is no number.
+    """
     by_index = dict(zip(items.indices, items.hashes, strict=True))
     values: dict[str, float] = {}
     for row in rows:

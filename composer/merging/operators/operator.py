@@ -136,6 +136,12 @@ class Operator:
                         read = f"{density} ± {epsilon}"
                         raise MergeError(f"operator '{name}': density ± epsilon must lie within 0 and 1 (read {read})")
 
+    @property
+    def scale(self) -> str | None:
+        """The parameter that scales the merged task vector: weights that are divided by their sum scale nothing."""
+        divides = "normalize" in self.parameters and bool(self.parameters["normalize"].default)
+        return "lambda" if divides and "lambda" in self.parameters else self.coefficient
+
     def load(self) -> "Kernel":
         """Return the kernel."""
         module, _, attribute = self.kernel.partition(":")

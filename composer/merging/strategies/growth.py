@@ -48,23 +48,23 @@ class Growth:
         pairwise = operator.most == 2
         inputs = (self.current, newcomer) if pairwise else (*self.sources, newcomer)
         count = len(self.sources) + 1
-        if operator.coefficient is None:
+        key = operator.scale if operator.scaled else operator.coefficient
+        plain = not coefficients and operator.scaled and key != operator.coefficient  # a mean as it is
+        if key is None or plain:
             return [MergeStep(name=name, operator=self.operator, inputs=inputs)]
-        if operator.coefficient not in operator.parameters or not coefficients:
-            coefficients = (1 / count,) if operator.scaled else ((count - 1) / count,)
-        steps = []
-        for coefficient in coefficients:
-            value = self._value(coefficient, pairwise)
-            steps.append(
-                MergeStep(name=name, operator=self.operator, inputs=inputs, parameters={operator.coefficient: value})
+        coefficients = coefficients or ((1 / count,) if operator.scaled else ((count - 1) / count,))
+        return [
+            MergeStep(
+                name=name, operator=self.operator, inputs=inputs, parameters={key: self._value(coefficient, pairwise)}
             )
-        return steps
+            for coefficient in coefficients
+        ]
 
     def _value(self, coefficient: float, pairwise: bool) -> float | list[float | list[float]]:
         operator = self.kind
-        parameter = operator.parameters[str(operator.coefficient)]
         if operator.scaled:
             return coefficient
+        parameter = operator.parameters[str(operator.coefficient)]
         if not parameter.per_input:  # a place between the two, 0 for what there is
             low, high = parameter.search or (0.0, 1.0)
             return round(low + (high - low) * (1 - coefficient), 12)
