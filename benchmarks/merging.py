@@ -2,9 +2,9 @@
 
     COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/merging.py [PART ...]
 
-Parts: trial, export, search, choices; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of it as Hugging
-Face directories (smollm2-135m-instruct, smol-sst2, …), and the data sets of recipes/smollm2.yaml. Prints one JSON
-object a measurement; each is made in a process of its own, times are medians.
+Parts: trial, export, search, choices; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of it as
+Hugging Face directories (smollm2-135m-instruct, smol-sst2, …), and the data sets of recipes/smollm2.yaml. Prints one
+JSON object a measurement; each is made in a process of its own, times are medians.
 
 - trial: from coefficients to a model that is ready to be scored, three inputs, against the command line
   (`mergekit-yaml`) on the same merge; TIES and others from the second trial on, against a call of mergekit's
@@ -93,7 +93,7 @@ def trial(operator: str, directory: Path) -> dict[str, float]:
     """Time trials of one operator."""
     from composer.artefacts import Store
     from composer.merging.engine.live import LiveModel
-    from composer.merging.engine.merge import Shelf
+    from composer.merging.engine.shelf import Shelf
 
     store, shelf = Store(directory), Shelf()
     settings = TRIALS[operator]
@@ -107,7 +107,7 @@ def command_line(operator: str, directory: Path) -> dict[str, float]:
     from ruamel.yaml import YAML
 
     from composer.artefacts import Store
-    from composer.merging.engine.merge import Shelf
+    from composer.merging.engine.shelf import Shelf
 
     config = configured(bound(operator, TRIALS[operator][1], Shelf(), Store(directory / "store")))
     file = directory / "merge.yaml"
@@ -127,7 +127,7 @@ def stock_call(operator: str, directory: Path) -> dict[str, float]:
     from mergekit.options import MergeOptions
 
     from composer.artefacts import Store
-    from composer.merging.engine.merge import Shelf
+    from composer.merging.engine.shelf import Shelf
 
     times = []
     for number, settings in enumerate(TRIALS[operator][:3]):
@@ -150,7 +150,7 @@ def export(operator: str, directory: Path) -> dict[str, Any]:
 
     from composer.artefacts import Store
     from composer.merging.engine.export import export as write
-    from composer.merging.engine.merge import Shelf
+    from composer.merging.engine.shelf import Shelf
 
     bound(operator, TRIALS[operator][0], Shelf(), Store(directory / "hashes"))  # hashes of the inputs are known by now
     ours, theirs, same = [], [], True
@@ -264,7 +264,8 @@ def plain_search(tasks: str, directory: Path) -> dict[str, Any]:
 
     from composer.evaluation.in_process import load_model
     from composer.evaluation.tasks import run_tasks
-    from composer.merging.engine.merge import Merge, Shelf
+    from composer.merging.engine.merge import Merge
+    from composer.merging.engine.shelf import Shelf
     from composer.merging.plan import MergeStep
     from composer.zoo import inspect_checkpoint
 

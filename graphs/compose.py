@@ -18,6 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Send, interrupt
 
+from composer.artefacts import digest
 from composer.clustering import Clusters, cluster, joins
 from composer.errors import NotApprovedError
 from composer.evaluation import Evidence, Subject, weigh_evidence
@@ -29,6 +30,7 @@ from composer.merging.trials import TrialLog
 from composer.merging.workbench import Workbench
 from composer.mixture import MANIFEST, Composite, build_composite, choose_experts
 from composer.planning import Plan, make_plan
+from composer.probes import load_texts
 from composer.progress import Progress, Step
 from composer.report import RunRecord, write_report
 from composer.serving.server import Endpoint
@@ -135,7 +137,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
     session = runtime.context.session
     with session.one_at_a_time, stage("merge", runtime, cluster=state["cluster"]) as progress:
         mine = next(one for one in Plan.load(state["plan"]).merges if one.cluster == state["cluster"])
-        split = session.split("proxy")
+        split, probes = session.split("proxy"), session.run.recipe.probes
         with closing(TrialLog(session.run.store.root / "trials.sqlite")) as log:
             workbench = Workbench(
                 zoo=Zoo.load(state["zoo"]),
@@ -145,6 +147,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
                 log=log,
                 proxy={items.name: items.hashes for items in split.tasks},
                 fingerprint=split.fingerprint,
+                texts=digest(load_texts(probes.texts, probes.limit, probes.characters)),
                 progress=progress,
             )
             outcome = merge_cluster(mine, workbench)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from composer.artefacts import Store
 from composer.errors import ZooError
 from composer.merging.engine.export import export
-from composer.merging.engine.merge import Merge, Shelf
+from composer.merging.engine.merge import Merge
+from composer.merging.engine.shelf import Shelf
 from composer.merging.plan import MergeStep
 from composer.similarity import compare
 from composer.zoo import ModelReference, Zoo, inspect_checkpoint, make_whole, open_weights

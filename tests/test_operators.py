@@ -16,7 +16,8 @@ from composer.errors import MergeError
 from composer.merging.engine.export import LINEAGE, export
 from composer.merging.engine.live import LiveModel
 from composer.merging.engine.memo import Memo
-from composer.merging.engine.merge import MappedStatistics, Merge, Shelf
+from composer.merging.engine.merge import Merge
+from composer.merging.engine.shelf import MappedStatistics, Shelf
 from composer.merging.engine.stock import FILE
 from composer.merging.operators import OPERATORS, group_of
 from composer.merging.plan import MergeStep

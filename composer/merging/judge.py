@@ -18,7 +18,8 @@ from composer.evaluation.tasks import Split, split_of
 from composer.merging.engine.closeness import closeness
 from composer.merging.engine.export import export
 from composer.merging.engine.live import LiveModel, shape_of
-from composer.merging.engine.merge import MappedStatistics, Merge, Shelf
+from composer.merging.engine.merge import Merge
+from composer.merging.engine.shelf import MappedStatistics, Shelf
 from composer.merging.plan import MergeStep, Smoke
 from composer.merging.smoke import smoke_check
 from composer.probes import ProbesSection, load_texts, record_fisher, record_grams
@@ -36,6 +37,8 @@ class Bench(Value):
     dtype: str | None = None
     seed: int = 0
     tokenizer: str = "union"
+    texts: str | None = None
+    """Hash of the probe texts."""
 
 
 class Measured(Value):
@@ -115,9 +118,8 @@ class Judge:
         Raises:
             MergeError: if the operator does not fit them.
         """
-        return Merge(
-            step, inputs, bench.base, self._shelf, dtype=bench.dtype, seed=bench.seed, tokenizer=bench.tokenizer
-        )
+        options = bench.model_dump(exclude={"base"})
+        return Merge(step, inputs, bench.base, self._shelf, **options)
 
     def keep(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, name: str) -> tuple[Checkpoint, Smoke]:
         """Write a candidate as a checkpoint called `name`, and look whether it works.

@@ -52,6 +52,8 @@ class Workbench:
     """All proxy items."""
     fingerprint: str
     """Hash of the proxy items and their tasks."""
+    texts: str | None = None
+    """Hash of the probe texts."""
     progress: Progress = silent
     made: dict[str, Checkpoint] = field(default_factory=dict)
     """Merged checkpoints of this cluster, by the name of their step."""
@@ -62,7 +64,8 @@ class Workbench:
     def bench(self) -> Bench:
         """What every merge of the cluster has in common."""
         section = self.section
-        return Bench(base=self.zoo.base, dtype=section.dtype, seed=section.seed, tokenizer=section.tokenizer)
+        shared = {"dtype": section.dtype, "seed": section.seed, "tokenizer": section.tokenizer}
+        return Bench(base=self.zoo.base, texts=self.texts, **shared)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Return a member of the zoo or a merge made before."""
@@ -140,7 +143,7 @@ class Workbench:
     def _key(self, step: MergeStep) -> str:
         inputs, bench = self.inputs(step), self.bench
         try:
-            lineage = lineage_of(step, inputs, bench.base, bench.seed)
+            lineage = lineage_of(step, inputs, bench.base, bench.seed, bench.texts)
         except MergeError as error:  # cannot be made: known by what is wrong with it
             return digest(["refused", str(error), [one.content_hash for one in inputs], self.fingerprint])
         models = [*inputs, *([bench.base] if bench.base is not None and lineage.base else [])]

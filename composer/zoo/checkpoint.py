@@ -32,6 +32,8 @@ class Lineage(Value):
     """Content hash of the base that task vectors start from."""
     seed: int | None = None
     """Seed of random masks, where there are any."""
+    texts: str | None = None
+    """Hash of the probe texts, where the operator goes by statistics of them."""
     licences: dict[str, str | None] = {}
     """Licences of inputs and base, by id."""
     dequantised: dict[str, str] = {}

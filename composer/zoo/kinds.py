@@ -14,6 +14,9 @@ _PATTERNS: tuple[tuple[ModuleKind, str], ...] = (
 _VOCABULARY = re.compile(
     r"(^|\.)(embed_tokens|embed_in|embed_out|wte|lm_head|word_embeddings|output|shared)\.(weight|bias)$"
 )
+_INPUT_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings\w*|embed_positions)\.(weight|bias)$"
+)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
@@ -28,6 +31,11 @@ def kind_of(name: str) -> ModuleKind:
 def is_vocabulary(name: str) -> bool:
     """Return whether a tensor has a row for each token."""
     return bool(_VOCABULARY.search(name))
+
+
+def is_input_embedding(name: str) -> bool:
+    """Return whether a tensor turns tokens or positions into what the first layer reads."""
+    return bool(_INPUT_EMBEDDING.search(name))
 
 
 def layer_of(name: str) -> int | None:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from math import sqrt
 
-from composer.merging.engine.merge import Merge, Shelf
+from composer.merging.engine.merge import Merge
+from composer.merging.engine.shelf import Shelf
 from composer.zoo import Checkpoint
 from composer.zoo.kinds import kind_of
 

@@ -7,20 +7,20 @@ what was scored.
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from composer.artefacts import digest
 from composer.errors import MergeError, first_line
 from composer.merging.engine.kernels import BLOCK, Group
-from composer.merging.engine.memo import Mask, Memo
-from composer.merging.engine.vocabulary import Vocabulary, align_vocabularies
+from composer.merging.engine.memo import Mask
+from composer.merging.engine.shelf import Shelf
 from composer.merging.operators import OPERATORS, Operator, group_count, group_of, values_at
 from composer.merging.plan import MergeStep
-from composer.zoo import Checkpoint, Lineage, MappedWeights, TensorHeader
-from composer.zoo.kinds import in_layer, layer_of
+from composer.zoo import Checkpoint, Lineage, TensorHeader
+from composer.zoo.kinds import in_layer, is_input_embedding, layer_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,66 +33,6 @@ WORKERS = 16
 """Threads that compute at most: merging is bound by memory, which a few of them use up."""
 AHEAD = 4
 """Blocks that may wait for each thread."""
-
-Statistics = Callable[[str, Checkpoint], "MappedStatistics"]
-
-
-class MappedStatistics:
-    """What was recorded of a model on the probe texts, tensor by tensor, mapped."""
-
-    def __init__(self, directory: Path) -> None:
-        import json
-
-        self._weights = MappedWeights(directory)
-        index = directory / "index.json"
-        self._names: dict[str, str] = (
-            json.loads(index.read_text()) if index.is_file() else {name: name for name in self._weights.headers}
-        )
-
-    def flat(self, name: str) -> "torch.Tensor | None":
-        """Return what is known of a weight, flat, or None."""
-        return self._weights.flat(self._names[name]) if name in self._names else None
-
-    def release(self, name: str) -> None:
-        """Give the pages back."""
-        if name in self._names:
-            self._weights.release(self._names[name])
-
-
-def no_statistics(kind: str, checkpoint: Checkpoint) -> MappedStatistics:
-    """Refuse: there is nobody to record them."""
-    raise MergeError(f"'{checkpoint.id}': no {kind} statistics at hand")
-
-
-@dataclass
-class Shelf:
-    """What merges share: mapped weights, and what is remembered from trial to trial."""
-
-    statistics: Statistics = no_statistics
-    memo: Memo = field(default_factory=Memo)
-    _weights: dict[str, MappedWeights] = field(default_factory=dict)
-    _statistics: dict[tuple[str, str], MappedStatistics] = field(default_factory=dict)
-    _vocabularies: dict[str, Vocabulary] = field(default_factory=dict)
-
-    def weights(self, checkpoint: Checkpoint) -> MappedWeights:
-        """Return a checkpoint's weights, mapped."""
-        if checkpoint.content_hash not in self._weights:
-            self._weights[checkpoint.content_hash] = MappedWeights(Path(checkpoint.path))
-        return self._weights[checkpoint.content_hash]
-
-    def statistic(self, kind: str, checkpoint: Checkpoint) -> MappedStatistics:
-        """Return what was recorded of a checkpoint on the probe texts."""
-        key = kind, checkpoint.content_hash
-        if key not in self._statistics:
-            self._statistics[key] = self.statistics(kind, checkpoint)
-        return self._statistics[key]
-
-    def vocabulary(self, source: str, donor: Checkpoint, models: Sequence[Checkpoint]) -> Vocabulary:
-        """Return how the vocabularies of some models are brought together."""
-        key = digest([source, donor.content_hash, [one.content_hash for one in models]])
-        if key not in self._vocabularies:
-            self._vocabularies[key] = align_vocabularies(source, donor, models)
-        return self._vocabularies[key]
 
 
 @dataclass(frozen=True)
@@ -127,6 +67,7 @@ class Merge:
         dtype: str | None = None,
         seed: int = 0,
         tokenizer: str = "union",
+        texts: str | None = None,
     ) -> None:
         """Bind a step; nothing is computed.
 
@@ -138,13 +79,14 @@ class Merge:
             dtype: Storage type of the result; by default that of the first input.
             seed: Seed of random masks.
             tokenizer: "union" or "base": the tokens of the result, where the inputs' differ.
+            texts: Hash of the probe texts, for operators that go by statistics of them.
 
         Raises:
             MergeError: if the operator does not fit the inputs.
         """
         self.step, self.inputs, self.shelf, self.seed = step, list(inputs), shelf, seed
         self.operator: Operator = OPERATORS.get(step.operator)
-        self.lineage = lineage_of(step, inputs, base, seed)
+        self.lineage = lineage_of(step, inputs, base, seed, texts)
         self.values = self.lineage.parameters
         self.base = base if self.lineage.base else None
         self.donor = self.base or self.inputs[0]
@@ -190,13 +132,25 @@ class Merge:
                 for start in range(0, self.slots[name].header.elements, BLOCK):
                     ahead.append((name, start, pool.submit(compute, start)))
                     if len(ahead) > AHEAD * workers:
-                        tensor, place, block = ahead.popleft()
-                        yield tensor, place, block.result()
-            for tensor, place, block in ahead:
-                yield tensor, place, block.result()
+                        yield self._ready(*ahead.popleft())
+            for one in ahead:
+                yield self._ready(*one)
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # new threads take the number that was set last, by whomever
+
+    def _ready(self, name: str, start: int, block: "Future[torch.Tensor]") -> "tuple[str, int, torch.Tensor]":
+        with self._failing(name):
+            return name, start, block.result()
+
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """Turn what an operator stumbles over into an error that names the tensor."""
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = first_line(error)
+            raise MergeError(f"merge '{self.step.name}' ({self.step.operator}): {name}: {reason}") from error
 
     def _computed(self, threads: int) -> "Iterator[tuple[str, Callable[[int], torch.Tensor]]]":
         """Yield each tensor's name, and what returns the block of it that starts somewhere."""
@@ -216,12 +170,8 @@ class Merge:
             torch.manual_seed(self.seed)
             for name, slot in self.slots.items():
                 torch.set_num_threads(threads)
-                try:
-                    with torch.no_grad():
-                        compute = self._compute(name, slot, drawn)
-                except (RuntimeError, ValueError, TypeError) as error:
-                    reason = first_line(error)
-                    raise MergeError(f"merge '{self.step.name}' ({self.step.operator}): {name}: {reason}") from error
+                with self._failing(name), torch.no_grad():
+                    compute = self._compute(name, slot, drawn)
                 yield name, compute
 
     def _compute(self, name: str, slot: Slot, drawn: dict[Hashable, Mask]) -> "Callable[[int], torch.Tensor]":
@@ -325,14 +275,13 @@ class Merge:
         for index, (start, stop) in enumerate(self.layer_ranges()):
             for name, header in headers[index].items():
                 layer = layer_of(name)
-                if layer is None:
-                    if index in (0, last):
-                        before = "embed" in name or "wte" in name or "wpe" in name
-                        if (index == 0) if before else (index == last):
-                            slots[name] = Slot(self._stored(header, header.shape), ((index, name),))
-                elif start <= layer < stop:
-                    target = in_layer(name, offset + layer - start)
-                    slots[target] = Slot(self._stored(header, header.shape), ((index, name),))
+                if layer is None and index != (0 if is_input_embedding(name) else last):
+                    continue
+                if layer is not None and not start <= layer < stop:
+                    continue
+                target = name if layer is None else in_layer(name, offset + layer - start)
+                shape = self.vocabulary.shape(name, header.shape) if self.vocabulary else header.shape
+                slots[target] = Slot(self._stored(header, shape), ((index, name),))
             offset += stop - start
         return dict(sorted(slots.items()))
 
@@ -341,8 +290,10 @@ class Merge:
         return TensorHeader(file="", dtype=kind, shape=shape)
 
 
-def lineage_of(step: MergeStep, inputs: Sequence[Checkpoint], base: Checkpoint | None, seed: int) -> Lineage:
-    """Check a step and return how its result comes about.
+def lineage_of(
+    step: MergeStep, inputs: Sequence[Checkpoint], base: Checkpoint | None, seed: int, texts: str | None = None
+) -> Lineage:
+    """Check a step and return how its result comes about; arguments as of `Merge`.
 
     Raises:
         MergeError: if the operator does not fit the inputs.
@@ -366,6 +317,7 @@ def lineage_of(step: MergeStep, inputs: Sequence[Checkpoint], base: Checkpoint |
         parameters=values,
         base=start.content_hash if start else None,
         seed=seed if operator.random else None,
+        texts=texts if operator.statistics else None,
         licences={one.id: one.licence for one in models},
         dequantised={name: kind for one in inputs for name, kind in one.dequantised.items()},
     )
