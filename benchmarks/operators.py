@@ -6,8 +6,8 @@ DIR holds SmolLM2-135M-Instruct and five fine-tunes of it (smollm2-135m-instruct
 recipes/smollm2.yaml. Each merge is made in memory, once with the operator's defaults, and scored on the first 80 test
 items of SST-2, AG News and ARC-Easy (40 of GSM8K and MBPP) by the MD5 of their prompt: accuracies by the likelihood of
 the answer, for ARC-Easy divided by its length, and nats per answer token. The standard error of an accuracy is about
-0.05: enough to tell operators from one another here, not for publishing. The two are sst2 and agnews, which have
-nothing to do with GSM8K and MBPP and are not scored on them.
+0.05: enough to tell operators from one another here, not for publishing. The two are sst2 and agnews. GSM8K and MBPP
+take most of the time: only single models and five by LIKELIHOODS are scored on them, or all five with --all.
 
 Prints a Markdown table; --out keeps rows as JSON lines, and rows that are in it are not measured again.
 """
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = "smollm2-135m-instruct"
 FIVE = ("smol-sst2", "smol-agnews", "smol-science", "smol-math", "smol-code")
 TASKS = {"smol_sst2": 80, "smol_agnews": 80, "smol_arc_easy": 80, "smol_gsm8k": 40, "smol_mbpp": 40}
+LIKELIHOODS = ("passthrough", "linear", "task_arithmetic")
 PROBES = ProbesSection(limit=16)
 # With its defaults an operator is one point of a range; the sums are the ones whose scores are known.
 EXTRA = (("task_arithmetic", {"weight": 0.7}),)
@@ -77,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     zoo = os.environ.get("COMPOSER_ZOO")
     if not zoo or not os.environ.get("COMPOSER_DATA"):
@@ -104,7 +106,8 @@ def main() -> None:
             row = known.get((label, title))
             if row is None:
                 step = MergeStep(name=title, operator=operator, inputs=names, parameters=given)
-                portion = {own.name: own.hashes for own in split.tasks[: 3 if len(names) == 2 else 5]}
+                scored = len(names) != 2 and (options.all or operator in LIKELIHOODS)
+                portion = {own.name: own.hashes for own in split.tasks[: 5 if scored else 3]}
                 measured = judge.trial(step, [models[name] for name in names], bench, portion)
                 row = {"models": label, "operator": title, "merge_s": round(measured.merge_seconds, 2)}
                 if measured.scores is None:

@@ -125,8 +125,10 @@ def test_an_operators_parameters_are_checked_in_the_recipe(recipe: Path) -> None
     message = failure(recipe)
     assert f"{recipe}:12: merge.merges.0: operator 'ties' has no parameter 'densty'; did you mean 'density'?" in message
     change(recipe, "operator: ties", "operator: slerp")
-    change(recipe, "parameters: {densty: 0.5}", "parameters: {t: [0.1, 0.2]}")
-    assert "'t' takes one value" in failure(recipe)
+    change(recipe, "parameters: {densty: 0.5}", "parameters: {t: [0.1]}")
+    assert "'t' takes a number or a list of two or more numbers, one per group of layers" in failure(recipe)
+    change(recipe, "t: [0.1]", "t: 1.5")
+    assert "'t' must be at least 0 and at most 1 (read 1.5)" in failure(recipe)
 
 
 def test_not_yaml(recipe: Path) -> None:

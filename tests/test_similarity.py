@@ -37,10 +37,9 @@ def direct_cosine(
         if kind_of(name) not in kinds:
             continue
         x, y = a[name], b[name]
-        if columns and x.ndim == 2:
-            scale = x.norm(dim=0) * y.norm(dim=0)
-            if (scale > 0).any():
-                values.append(float(((x * y).sum(dim=0)[scale > 0] / scale[scale > 0]).mean()))
+        scale = x.norm(dim=0) * y.norm(dim=0)
+        if columns and x.ndim == 2 and (scale > 0).any():
+            values.append(float(((x * y).sum(dim=0)[scale > 0] / scale[scale > 0]).mean()))
         elif x.norm() and y.norm():
             values.append(float((x * y).sum() / x.norm() / y.norm()))
     return sum(values) / len(values)

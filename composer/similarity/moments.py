@@ -33,7 +33,8 @@ class Moments(Value):
         """Return the unweighted mean of the tensors' cosines; None if no tensor has a direction in both models.
 
         With `columns`, each matrix counts with the mean cosine of its input columns, as in Model-GLUE (arXiv
-        2410.05357, section 3); without, with the cosine of the flattened tensor.
+        2410.05357, section 3); without, and where no column has a direction in both, with the cosine of the flattened
+        tensor.
         """
         values = [
             value
