@@ -321,7 +321,7 @@ def main(parts: list[str]) -> None:
                 rival = child("stock_call", operator)
                 show("trial", {"operator": operator, **ours, **rival, "ratio": rival["run_merge_s"] / ours["ours_s"]})
     if "export" in parts:
-        for operator in ("linear", "task_arithmetic", "ties"):
+        for operator in ("linear", "task_arithmetic", "dare_ties"):
             show("export", {"operator": operator, **child("export", operator)})
     for part, tasks in (("search", ""), ("choices", CHOICES)):
         if part in parts:
