@@ -120,8 +120,9 @@ def decide(standings: list[Standing], best: Scores, workbench: Workbench, what: 
         return Trial(step=standings[0].step, score=None, accepted=False, reason=str(reason), **counts), None
     gain, winner = max(complete, key=lambda one: one[0].mean)
     pays = workbench.pays(gain)
-    ahead = gain.beyond(workbench.section.margin)
-    verdict = "beyond noise" if ahead else ("no more than noise" if gain.mean > 0 else "no gain")
+    margin = workbench.section.margin
+    # With a margin of 0 a gain is taken that may be noise, and is called so.
+    verdict = "beyond noise" if gain.beyond(margin or 1.0) else ("within noise" if gain.mean > 0 else "no gain")
     trial = Trial(
         step=winner.step,
         score=cast("Scores", winner.scores).mean,
