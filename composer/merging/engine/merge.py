@@ -222,6 +222,8 @@ class Merge:
     def _release(self, slot: Slot) -> None:
         for index, source in slot.sources:
             self.shelf.weights(self.inputs[index]).release(source)
+            if self.operator.statistics:
+                self.shelf.statistic(self.operator.statistics, self.inputs[index]).release(source)
 
     def layer_ranges(self) -> list[tuple[int, int]]:
         """Return first layer and the one after the last that a stack takes from each input."""
