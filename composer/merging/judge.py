@@ -68,11 +68,6 @@ class Judge:
         self.store = Store(self.root)
         self._shelf = Shelf(self._statistics)
 
-    @property
-    def shelf(self) -> Shelf:
-        """What merges share."""
-        return self._shelf
-
     def split(self, name: str) -> Split:
         """Return the items of a split; loaded once."""
         if name not in self.splits:

@@ -164,13 +164,12 @@ def write_description(home: Path, directory: Path, changes: dict[str, Any]) -> N
     Args:
         home: The directory that has them.
         directory: Where they are written.
-        changes: Keys of config.json; None takes a key out.
+        changes: Keys of config.json.
     """
     config = json.loads((home / "config.json").read_text())
     if "dtype" in changes:
         config.pop("torch_dtype", None)
-    config = {key: value for key, value in {**config, **changes}.items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n")
     copy_files([home / "generation_config.json", *home.glob("LICEN[CS]E*"), *home.glob("*.py")], directory)
 
 

@@ -32,20 +32,25 @@ def export(merge: Merge, name: str, store: Store) -> Checkpoint:
     path = store.path("merged", merge.key)
     if not path.exists():
         with store.new_directory("merged", merge.key) as directory:
-            headers = {one: slot.header for one, slot in merge.slots.items()}
-            with WeightsWriter(directory, headers) as writer:
-                for tensor, _, block in merge.blocks():
-                    writer.write(tensor, block)
-            write_model_description(merge, directory)
+            hashes = write_model(merge, directory)
             merge.lineage.save(directory / LINEAGE)
             stock = stock_yaml(merge, name)
             if stock is not None:
                 (directory / FILE).write_text(stock)
             (directory / "README.md").write_text(card(merge.lineage, name, stock))
-        for file, value in writer.hashes.items():
+        for file, value in hashes.items():
             remember_hash(path / file, value, store)
     remote = any(one.remote_code for one in merge.inputs)
     return inspect_checkpoint(name, path, store, trust_remote_code=remote).renamed(name, merge.lineage)
+
+
+def write_model(merge: Merge, directory: Path) -> dict[str, str]:
+    """Write weights, configuration and tokenizer of a merge's result; return the sha256 of each weight file."""
+    with WeightsWriter(directory, {name: slot.header for name, slot in merge.slots.items()}) as writer:
+        for name, _, block in merge.blocks():
+            writer.write(name, block)
+    write_model_description(merge, directory)
+    return writer.hashes
 
 
 def write_model_description(merge: Merge, directory: Path) -> None:

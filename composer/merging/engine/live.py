@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import MergeError, first_line
-from composer.merging.engine.export import write_model_description
+from composer.merging.engine.export import write_model, write_model_description
 from composer.merging.engine.merge import Merge
-from composer.zoo.writing import WeightsWriter
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +82,7 @@ class LiveModel:
         from transformers import AutoModelForCausalLM
 
         with tempfile.TemporaryDirectory(prefix="model-composer-") as home:
-            headers = {name: slot.header for name, slot in merge.slots.items()}
-            with WeightsWriter(Path(home), headers) as writer:
-                for name, _, block in merge.blocks():
-                    writer.write(name, block)
-            write_model_description(merge, Path(home))
+            write_model(merge, Path(home))
             loaded = AutoModelForCausalLM.from_pretrained(home, dtype=self._dtype, trust_remote_code=self._remote)
         self.model.load_state_dict(loaded.state_dict())
 
