@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("operators", nargs="*", metavar="OPERATOR")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="storage type of merges")
     options = parser.parse_args()
     zoo = os.environ.get("COMPOSER_ZOO")
     if not zoo or not os.environ.get("COMPOSER_DATA"):
@@ -91,7 +92,7 @@ def main() -> None:
         store = Store(Path(directory))
         models = {name: inspect_checkpoint(name, Path(zoo) / name, store) for name in (BASE, *FIVE)}
         judge = Judge(EvaluateSection(tasks=list(TASKS), batch_size=8), PROBES, store.root, {"proxy": split})
-        bench = Bench(base=models[BASE])
+        bench = Bench(base=models[BASE], dtype=options.dtype)
         wanted = [("passthrough", {}, (name,), name) for name in (BASE, *FIVE)]
         for count, several in ((2, FIVE[:2]), (5, FIVE)):
             for name in OPERATORS.names():
@@ -103,6 +104,7 @@ def main() -> None:
             if options.operators and operator not in options.operators:
                 continue
             title = operator + "".join(f" {key} {value}" for key, value in given.items())
+            title += f" ({options.dtype})" if options.dtype else ""
             row = known.get((label, title))
             if row is None:
                 step = MergeStep(name=title, operator=operator, inputs=names, parameters=given)

@@ -11,8 +11,8 @@ from composer.artefacts import Store
 from composer.errors import EvaluationError
 from composer.evaluation.evidence import Subject, weigh_evidence
 from composer.evaluation.in_process import score_checkpoint
-from composer.evaluation.scores import Scores, TaskScore, beats
-from composer.evaluation.statistics import paired_interval
+from composer.evaluation.scores import Scores, TaskScore
+from composer.evaluation.statistics import paired_gain, paired_interval
 from composer.evaluation.tasks import load_split
 from composer.zoo import Checkpoint
 from tests.conftest import QUICKSTART
@@ -131,10 +131,10 @@ def test_the_paired_interval_covers_the_known_one() -> None:
 
 
 def test_beating_takes_more_than_one_standard_error() -> None:
-    even = scores("a", t=[1, 0] * 50).tasks[0]
-    assert not beats(even, even)
-    assert beats(scores("b", t=[1, 1, 1, 0] * 25).tasks[0], even)
-    assert not beats(scores("c", t=[1, 0] * 49 + [1, 1]).tasks[0], scores("d", t=[0, 1] * 49 + [1, 0]).tasks[0])
+    even = scores("a", t=[1, 0] * 50)
+    assert not paired_gain(even, even).beyond(1)
+    assert paired_gain(scores("b", t=[1, 1, 1, 0] * 25), even).beyond(1)
+    assert not paired_gain(scores("c", t=[1, 0] * 49 + [1, 1]), scores("d", t=[0, 1] * 49 + [1, 0])).beyond(1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from composer.merging.engine.stock import FILE
 from composer.merging.operators import OPERATORS, group_of
 from composer.merging.plan import MergeStep
 from composer.merging.smoke import smoke_check
+from composer.merging.workbench import rounding_warning
 from composer.probes import load_texts, record_fisher, record_grams
 from composer.zoo import Checkpoint, Lineage, inspect_checkpoint
 from tests.checkpoints import add_tokens, write_checkpoint
@@ -109,6 +110,28 @@ def test_what_is_tried_is_kept_and_is_mergekits_to_the_last_bit(
     state = live.model.state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in written.items())
     assert same(by_mergekit(Path(kept.path) / FILE, tmp_path / "stock", merge.seed), written)
+
+
+@pytest.mark.parametrize(("dtype", "blurs"), [("bfloat16", True), ("float16", False)])
+def test_a_merge_that_its_storage_type_blurs_says_so(
+    dtype: str, blurs: bool, quick: dict[str, Checkpoint], store: Store
+) -> None:
+    step = MergeStep(name="m", operator="task_arithmetic", inputs=("stories-math",), parameters={"weight": 0.01})
+    inputs, base = [quick["stories-math"]], quick["stories"]
+    kept = export(Merge(step, inputs, base, Shelf(), dtype=dtype), "kept", store)
+    origin, tuned, written = (load_file(Path(one.path) / "model.safetensors") for one in (base, *inputs, kept))
+    lost = changed = 0.0
+    for name, tensor in origin.items():
+        exact = tensor.float() + 0.01 * (tuned[name].float() - tensor.float())
+        lost += float((written[name].float() - exact).square().sum())
+        changed += float((exact - tensor.float()).square().sum())
+    assert kept.lineage is not None
+    assert kept.lineage.rounding == pytest.approx((lost / changed) ** 0.5, rel=0.2)  # from the first block of each
+    warning = rounding_warning(kept)
+    assert (warning is not None and "merge.dtype: float16" in warning) == blurs
+    again = export(Merge(step, inputs, base, Shelf(), dtype=dtype), "again", store)
+    assert again.lineage is not None
+    assert again.lineage.rounding == kept.lineage.rounding, "known without writing it again"
 
 
 def test_another_seed_draws_another_mask(quick: dict[str, Checkpoint]) -> None:

@@ -1,6 +1,7 @@
 """Writing weights block by block."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 
 from composer.errors import DiskFullError, disk_errors
 from composer.zoo import MappedWeights, SafetensorsWeights, TensorHeader
-from composer.zoo.writing import WeightsWriter
+from composer.zoo.writing import WeightsWriter, write_description
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float32).reshape(4, 6),
@@ -77,3 +78,12 @@ def test_a_disk_that_fills_up_while_others_compute(small_disk: Path) -> None:
     with pytest.raises(DiskFullError), disk_errors(small_disk), WeightsWriter(small_disk, big) as writer:
         for _ in range(16):
             writer.write("big", torch.zeros(1 << 16))
+
+
+def test_a_configuration_keeps_what_it_has_and_says_nothing_of(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    (tmp_path / "from" / "config.json").write_text('{"sliding_window": null, "torch_dtype": "float32", "n": 1}')
+    write_description(tmp_path / "from", tmp_path / "to", {"dtype": "bfloat16", "n": 2})
+    found = json.loads((tmp_path / "to" / "config.json").read_text())
+    assert found == {"sliding_window": None, "dtype": "bfloat16", "n": 2}, "null means something else than nothing"

@@ -46,14 +46,10 @@ class Scores(Value):
         """Return the score of one task."""
         return next(task for task in self.tasks if task.task == name)
 
+    def on(self, name: str) -> "Scores":
+        """Return the scores of one task alone."""
+        return self.model_copy(update={"tasks": (self.task(name),)})
+
 
 Scorer = Callable[[Checkpoint], Scores]
 """Scores a checkpoint on the proxy split."""
-
-
-def beats(first: TaskScore, second: TaskScore) -> bool:
-    """Return whether `first` is ahead by more than one standard error of the paired difference."""
-    differences = [first.items[item] - second.items[item] for item in first.items if item in second.items]
-    if len(differences) < 2:
-        return False
-    return fmean(differences) > stdev(differences) / sqrt(len(differences)) and fmean(differences) > 0

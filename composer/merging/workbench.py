@@ -23,6 +23,8 @@ SHARES = (0.25, 0.5, 1.0)
 """Parts of the proxy items after which candidates that are clearly behind are dropped."""
 CLEARLY = 2.0
 """Standard errors by which a candidate that is dropped is behind at least."""
+MUCH = 0.25
+"""Share of what a merge changes that rounding may blur before it is worth saying."""
 LEAST_ITEMS = 4
 """Items a task must have in a part; of fewer no standard error can be taken."""
 
@@ -162,6 +164,8 @@ class Workbench:
         if smoke.problem:
             raise MergeError(f"merge '{step.name}': {smoke.problem}")
         self.made[step.name], self.smokes[step.name] = kept, smoke
+        if warning := rounding_warning(kept):
+            self.progress(Step(stage="merge", message=warning))
         return self.made[step.name]
 
     def closeness(self, step: MergeStep, names: Sequence[str]) -> dict[str, float]:
@@ -173,6 +177,19 @@ class Workbench:
     def pays(self, gain: Gain) -> bool:
         """Return whether a gain is enough for a merge to be kept."""
         return self.section.accept == "always" or gain.beyond(self.section.margin)
+
+
+def rounding_warning(merged: Checkpoint) -> str | None:
+    """Return what to say of a merge that its storage type is too coarse for."""
+    rounding = merged.lineage.rounding if merged.lineage else None
+    if rounding is None or rounding < MUCH:
+        return None
+    finer = "float16" if merged.dtype == "BF16" else "float32"
+    cost = "at the same size" if finer == "float16" else "at twice the size"
+    return (
+        f"{merged.id}: rounding to {merged.dtype} changes {rounding:.0%} as much as the merge itself; "
+        f"merge.dtype: {finer} keeps it {cost}"
+    )
 
 
 def _scores(measured: Measured | None) -> Scores | None:

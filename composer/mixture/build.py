@@ -4,7 +4,8 @@ from pathlib import Path
 
 from composer.artefacts import Store, digest
 from composer.errors import RecipeError
-from composer.evaluation.scores import Scorer, beats
+from composer.evaluation.scores import Scorer
+from composer.evaluation.statistics import paired_gain
 from composer.merging.plan import MergeOutcome
 from composer.mixture.card import model_card
 from composer.mixture.composite import MANIFEST, Composite, Expert
@@ -75,7 +76,7 @@ def _reason_to_keep(member: Checkpoint, best: Checkpoint, outcome: MergeOutcome,
     if member.id == best.id:
         return "kept whole: the best of its cluster, where no merge pays on the proxy split"
     merged, own = score(best), score(member)
-    won = [task.task for task in own.tasks if beats(task, merged.task(task.task))]
+    won = [task.task for task in own.tasks if paired_gain(own.on(task.task), merged).beyond(1)]
     return f"kept whole: merging it does not pay, but it is ahead on {', '.join(won)}" if won else None
 
 

@@ -38,6 +38,9 @@ class Lineage(Value):
     """Licences of inputs and base, by id."""
     dequantised: dict[str, str] = {}
     """Models in it that had been quantised, with the type they had, e.g. "Q4_K"."""
+    rounding: float | None = None
+    """What rounding to the storage type changed, over what the merge changed from its base or first input (norms);
+    known once it has been written."""
 
 
 class Description(Value):

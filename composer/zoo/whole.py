@@ -6,13 +6,11 @@ from composer.artefacts import Store
 from composer.progress import Progress, Step, silent
 from composer.zoo.checkpoint import Checkpoint
 from composer.zoo.inspection import TOKENIZER_FILES, open_weights
-from composer.zoo.weights import read_blocks
+from composer.zoo.weights import TORCH_DTYPES, read_blocks
 from composer.zoo.writing import WeightsWriter, copy_files, write_description
 
 BLOCK = 1 << 24
 """Elements read, computed and written at a time."""
-
-_CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def make_whole(checkpoint: Checkpoint, store: Store, progress: Progress = silent) -> None:
@@ -36,7 +34,7 @@ def make_whole(checkpoint: Checkpoint, store: Store, progress: Progress = silent
                     writer.write(name, block)
                 done += header.nbytes
         # A GGUF file's configuration does not say the type that its weights have once they are dequantised.
-        known = checkpoint.dtype in _CONFIG_DTYPE
-        changes = {"dtype": _CONFIG_DTYPE[checkpoint.dtype]} if known else {}
+        known = checkpoint.dtype in TORCH_DTYPES
+        changes = {"dtype": TORCH_DTYPES[checkpoint.dtype]} if known else {}
         write_description(Path(checkpoint.home), directory, changes)
         copy_files((Path(checkpoint.tokenizer_home) / name for name in TOKENIZER_FILES), directory)

@@ -32,7 +32,8 @@ def export(merge: Merge, name: str, store: Store) -> Checkpoint:
     path = store.path("merged", merge.key)
     if not path.exists():
         with store.new_directory("merged", merge.key) as directory:
-            hashes = write_model(merge, directory)
+            with merge.watching_rounding():
+                hashes = write_model(merge, directory)
             merge.lineage.save(directory / LINEAGE)
             stock = stock_yaml(merge, name)
             if stock is not None:
@@ -41,7 +42,9 @@ def export(merge: Merge, name: str, store: Store) -> Checkpoint:
         for file, value in hashes.items():
             remember_hash(path / file, value, store)
     remote = any(one.remote_code for one in merge.inputs)
-    return inspect_checkpoint(name, path, store, trust_remote_code=remote).renamed(name, merge.lineage)
+    # Written under other names before, perhaps; what came out is the same.
+    lineage = merge.lineage.model_copy(update={"rounding": Lineage.load(path / LINEAGE).rounding})
+    return inspect_checkpoint(name, path, store, trust_remote_code=remote).renamed(name, lineage)
 
 
 def write_model(merge: Merge, directory: Path) -> dict[str, str]:
@@ -108,6 +111,8 @@ def card(lineage: Lineage, name: str, stock: str | None) -> str:
     if lineage.dequantised:
         named = ", ".join(f"{one} (from {kind})" for one, kind in sorted(lineage.dequantised.items()))
         lines += ["", f"Made from models that had been quantised, and lost precision then: {named}."]
+    if lineage.rounding:
+        lines += ["", f"Rounding to the storage type changed {lineage.rounding:.1%} as much as the merge did."]
     if stock is not None:
         lines += ["", "The same merge with the stock tool:", "", "```yaml", stock.rstrip(), "```"]
     else:

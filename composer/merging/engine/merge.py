@@ -4,6 +4,7 @@ The same blocks go into the parameters of a live model (`live.py`) and into file
 what was scored.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,13 +22,13 @@ from composer.merging.operators import OPERATORS, Operator, group_count, group_o
 from composer.merging.plan import MergeStep
 from composer.zoo import Checkpoint, Lineage, TensorHeader
 from composer.zoo.kinds import in_layer, is_input_embedding, layer_of
+from composer.zoo.weights import TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Storage types as safetensors and as torch names them."""
-_STORED = {name: kind for kind, name in DTYPES.items()}
+_STORED = {TORCH_DTYPES[kind]: kind for kind in ("BF16", "F16", "F32")}
+"""Types that merges are stored in, as safetensors names them."""
 
 WORKERS = 16
 """Threads that compute at most: merging is bound by memory, which a few of them use up."""
@@ -100,6 +101,7 @@ class Merge:
         models = [*self.inputs, *([self.base] if self.base else [])]
         self.vocabulary = shelf.vocabulary(tokenizer, self.donor, models) if vocabularies_differ(models) else None
         self.slots = self._layout(models)
+        self._rounded: list[tuple[float, float]] | None = None
 
     @cached_property
     def key(self) -> str:
@@ -138,6 +140,19 @@ class Merge:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # new threads take the number that was set last, by whomever
+
+    @contextmanager
+    def watching_rounding(self) -> Iterator[None]:
+        """Measure what rounding to the storage type loses while blocks are computed; the lineage says it then."""
+        squares: list[tuple[float, float]] = []
+        self._rounded = squares
+        try:
+            yield
+        finally:
+            self._rounded = None
+        lost, changed = (math.fsum(one[place] for one in squares) for place in (0, 1))
+        if changed:
+            self.lineage = self.lineage.model_copy(update={"rounding": math.sqrt(lost / changed)})
 
     def _ready(self, name: str, start: int, block: "Future[torch.Tensor]") -> "tuple[str, int, torch.Tensor]":
         with self._failing(name):
@@ -181,12 +196,25 @@ class Merge:
 
         def block(start: int) -> "torch.Tensor":
             stop = min(start + BLOCK, header.elements)
-            found = whole(start, stop).to(header.torch_dtype) if whole else cast("torch.Tensor", agreed)[start:stop]
+            if whole:
+                exact = whole(start, stop)
+                found = exact.to(header.torch_dtype)
+                if self._rounded is not None and start == 0:  # a part tells enough
+                    self._rounded.append(self._squares(slot, name, exact.float(), found.float()))
+            else:
+                found = cast("torch.Tensor", agreed)[start:stop]
             if stop == header.elements:
                 self._release(slot)
             return found
 
         return block
+
+    def _squares(self, slot: Slot, name: str, exact: "torch.Tensor", stored: "torch.Tensor") -> tuple[float, float]:
+        """Return the squared norms of what rounding changed in a first block, and of what the merge did."""
+        index, source = slot.sources[0]
+        origin = self._tensor(self.base, name) if self.base else self._tensor(self.inputs[index], source)
+        change = exact - origin[: exact.numel()].float()
+        return float((stored - exact).square().sum()), float(change.square().sum())
 
     def _group(self, name: str, slot: Slot, drawn: dict[Hashable, Mask]) -> Group:
         sources = [(self.inputs[index], source) for index, source in slot.sources]
@@ -335,13 +363,14 @@ def merge_key(lineage: Lineage, dtype: str, tokenizer: str | None) -> str:
     """
     from importlib.metadata import version
 
-    known = lineage.model_dump(exclude={"inputs", "licences", "dequantised"})
+    known = lineage.model_dump(exclude={"inputs", "licences", "dequantised", "rounding"})
     return digest(["merge", 2, known, dtype, tokenizer, version("mergekit")])
 
 
 def dtype_of(dtype: str | None, inputs: Sequence[Checkpoint]) -> str:
     """Return the storage type of a merge: the one wanted, else the first input's."""
-    return dtype or DTYPES.get(inputs[0].dtype, "float32")
+    own = TORCH_DTYPES.get(inputs[0].dtype)
+    return dtype or (own if own in _STORED else "float32")
 
 
 def vocabularies_differ(checkpoints: Sequence[Checkpoint]) -> bool:
