@@ -1,9 +1,11 @@
 """Scoring a checkpoint in this process, as lm-eval's own transformers model does."""
 
+from pathlib import Path
 from typing import Any
 
 from composer.artefacts import Store, digest
 from composer.errors import EvaluationError, first_line
+from composer.evaluation.answers import Answers
 from composer.evaluation.scores import Scores
 from composer.evaluation.tasks import Split
 from composer.zoo import Checkpoint
@@ -23,13 +25,35 @@ def score_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batc
     """
     from composer.evaluation.live import LiveScorer
 
-    known = store.path("scores", digest([checkpoint.content_hash, split.name, split.fingerprint]) + ".json")
+    known = _known("scores", checkpoint, split, store)
     if known.is_file():
         return Scores.load(known).model_copy(update={"subject": checkpoint.id})
     loaded = load_model(checkpoint, batch_size)
     scores = LiveScorer(loaded.model, loaded.tokenizer, split, batch_size=batch_size).score(checkpoint.id)
     scores.save(known)
     return scores
+
+
+def answer_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batch_size: int = 16) -> Answers:
+    """Return what a checkpoint answers to the items of a split, asked once; its scores are kept on the way.
+
+    Arguments and errors as of `score_checkpoint`.
+    """
+    from composer.evaluation.live import LiveScorer
+
+    known = _known("answers", checkpoint, split, store)
+    if known.is_file():
+        return Answers.load(known).model_copy(update={"subject": checkpoint.id})
+    loaded = load_model(checkpoint, batch_size)
+    scorer = LiveScorer(loaded.model, loaded.tokenizer, split, batch_size=batch_size)
+    scores, answers = scorer.answers(checkpoint.id)
+    scores.save(_known("scores", checkpoint, split, store))
+    answers.save(known)
+    return answers
+
+
+def _known(kind: str, checkpoint: Checkpoint, split: Split, store: Store) -> Path:
+    return store.path(kind, digest([checkpoint.content_hash, split.name, split.fingerprint]) + ".json")
 
 
 def load_model(checkpoint: Checkpoint, batch_size: int) -> Any:

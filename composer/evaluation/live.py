@@ -4,6 +4,7 @@ The scores are those of lm-eval's transformers model. Time is saved where they c
 tokenised once, a context is read once for all its choices, logits are computed only where a choice stands.
 """
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from inspect import signature
@@ -16,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from composer.errors import EvaluationError
+from composer.evaluation.answers import Answers, task_answers
 from composer.evaluation.scores import Scores, TaskScore
 from composer.evaluation.tasks import FEWSHOT_SEED, Items, Split, task_score
 
@@ -79,6 +81,12 @@ class LiveScorer:
         tasks = tuple(_evaluate(items, own) for items, own in chosen if own)
         return Scores(subject=subject, split=self._split.name, tasks=tasks)
 
+    def answers(self, subject: str) -> tuple[Scores, Answers]:
+        """Score the model on the whole split, and return its answers too; arguments and errors as of `score`."""
+        scores = self.score(subject)
+        found = [task_answers(items, self._requests[items.name], _evaluate) for items in self._split.tasks]
+        return scores, Answers(subject=subject, split=self._split.name, tasks=tuple(one for one in found if one))
+
     def _ask(self, kind: str, requests: list[Any], subject: str) -> None:
         """Leave the model's answers in the requests, as many in each as its task wants."""
         for request in requests:
@@ -92,6 +100,17 @@ class LiveScorer:
             if kind != "generate_until" and not isfinite(answer[0] if kind == "loglikelihood" else answer):
                 raise EvaluationError(f"{subject}: its log-likelihoods are not finite")
             request.resps.append(answer)
+
+
+def prompts(split: Split, limit: int) -> dict[str, tuple[str, ...]]:
+    """Return what the first items of each task ask, by task, without what is to be answered; no labels are read."""
+    found = {}
+    for items in split.tasks:
+        first = dataclasses.replace(items, indices=items.indices[:limit], hashes=items.hashes[:limit])
+        asked = [own[0].args for own in _requests(first).values()]
+        # Without a context it is the text itself that is predicted.
+        found[items.name] = tuple(str(one[0] or one[1]) for one in asked)
+    return found
 
 
 def _requests(items: Items) -> dict[str, list[Any]]:
