@@ -62,6 +62,12 @@ class BusyError(ComposerError):
     exit_code = 9
 
 
+class PredictorError(ComposerError):
+    """A corpus or predictor cannot be used: of another version, too small, or none at all."""
+
+    exit_code = 10
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 

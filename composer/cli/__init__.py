@@ -14,7 +14,7 @@ import click
 from composer import __version__
 from composer.errors import INTERRUPTED, ComposerError, DiskFullError, is_disk_full
 
-VERBS = ("run", "plan", "validate", "inspect", "cluster", "serve", "ls", "show", "operators", "schema")
+VERBS = ("run", "plan", "validate", "inspect", "cluster", "serve", "ls", "show", "operators", "simmerge", "schema")
 
 
 class _Verbs(click.Group):
@@ -67,7 +67,7 @@ def cli() -> None:
     """Compose a zoo of LLM checkpoints into one better model, without training.
 
     Exit codes: 0 done, 2 recipe or usage, 3 zoo, 4 merge, 5 serving, 6 evaluation, 7 disk full,
-    8 not approved, 9 run is busy, 130 interrupted.
+    8 not approved, 9 run is busy, 10 predictor or corpus, 130 interrupted.
     """
 
 

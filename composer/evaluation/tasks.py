@@ -4,7 +4,7 @@ A task that has validation and test splits gives them as proxy and held-out. Whe
 each item falls on one side by a hash of its content, so position and order never matter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -105,6 +105,24 @@ def split_of(section: EvaluateSection, split: str) -> Split:
         limit=section.proxy_limit if split == "proxy" else section.held_out_limit,
         seed=section.seed,
     )
+
+
+def part_of(split: Split, start: float, stop: float) -> Split:
+    """Return a part of every task's items, from one share of them to another, in the order of their hashes.
+
+    Raises:
+        EvaluationError: if a task has no item there.
+    """
+    parts = []
+    for items in split.tasks:
+        ranked = sorted(items.hashes)
+        chosen = set(ranked[round(start * len(ranked)) : round(stop * len(ranked))])
+        if not chosen:
+            raise EvaluationError(f"task '{items.name}' has too few items, {len(ranked)}, to take a part of them")
+        kept = [(index, item) for index, item in zip(items.indices, items.hashes, strict=True) if item in chosen]
+        indices, hashes = zip(*kept, strict=True)
+        parts.append(replace(items, indices=indices, hashes=hashes))
+    return Split(split.name, tuple(parts))
 
 
 @lru_cache

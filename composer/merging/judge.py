@@ -14,7 +14,7 @@ from composer.evaluation.in_process import score_checkpoint
 from composer.evaluation.live import LiveScorer
 from composer.evaluation.scores import Scores
 from composer.evaluation.settings import EvaluateSection
-from composer.evaluation.tasks import Split, split_of
+from composer.evaluation.tasks import Split, part_of, split_of
 from composer.merging.engine.closeness import closeness
 from composer.merging.engine.export import export
 from composer.merging.engine.live import LiveModel, shape_of
@@ -60,6 +60,8 @@ class Judge:
     """The store's directory."""
     splits: dict[str, Split] = field(default_factory=dict)
     """Splits that have been loaded."""
+    share: tuple[float, float] = (0.0, 1.0)
+    """The part of the proxy items that count, where some are for something else."""
     _shelf: Shelf = field(init=False)
     _live: LiveModel | None = None
     _scorer: LiveScorer | None = None
@@ -71,7 +73,8 @@ class Judge:
     def split(self, name: str) -> Split:
         """Return the items of a split; loaded once."""
         if name not in self.splits:
-            self.splits[name] = split_of(self.evaluate, name)
+            whole = split_of(self.evaluate, name)
+            self.splits[name] = part_of(whole, *self.share) if name == "proxy" and self.share != (0, 1) else whole
         return self.splits[name]
 
     def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:

@@ -17,7 +17,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
     if not folder:
         raise ValueError("the environment variable COMPOSER_DATA is not set; it names the folder with the data sets")
     file = Path(folder) / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _test(rows: list[dict[str, Any]]) -> DatasetDict:

@@ -1,0 +1,233 @@
+"""What is known of some models that could be merged, in a few small arrays, with no merge made.
+
+Everything is kept as inner products of differences from an origin, the base or, without one, the models' mean: of
+weights, exactly, and of behaviour on texts, where for small differences the Kullback-Leibler divergence is half a
+squared length (in the Fisher metric). So what holds of the models holds, by algebra, of any blend of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from composer.artefacts import Store
+from composer.errors import MergeError
+from composer.evaluation.answers import AnswerTable
+from composer.evaluation.in_process import answer_checkpoint
+from composer.evaluation.live import prompts
+from composer.evaluation.tasks import Split
+from composer.probes import Behaviour, ProbesSection, compare_records, load_texts, record_probes
+from composer.progress import Progress, Step, silent
+from composer.similarity.moments import Moments, MomentsCache
+from composer.similarity.streamed import measure
+from composer.zoo import Checkpoint
+from composer.zoo.kinds import kind_of, layer_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+BANDS = ("attention.early", "attention.middle", "attention.late", "mlp.early", "mlp.middle", "mlp.late")
+"""Kinds of tensors by thirds of the depth."""
+PROMPTS = 8
+"""Prompts of a task that models are compared on."""
+TEXTS = 16
+"""Probe texts that they are compared on besides, at most."""
+ENOUGH = 1e-12
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How models behave on some texts, compared pair by pair."""
+
+    gram: "Array"
+    """`[models, models]`, nats: inner products of differences from the origin; half a squared length is a divergence.
+    nan where it cannot be said."""
+    agreement: "Array"
+    """`[models, models]`: share of positions at which both find the same token likeliest."""
+    alignment: "Array"
+    """`[models, models]`: linear CKA of hidden states."""
+    entropy: "Array"
+    """`[models]`, nats: mean entropy less the origin's."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What is known of some models.
+
+    Attributes:
+        ids: The models.
+        based: Whether the origin is a base that they were fine-tuned from; else it is their mean.
+        weights: `[bands, models, models]`: inner products of weight differences from the origin.
+        size: Norm of the origin's weights in all bands.
+        signs: `[models, models]`: share of weights whose differences from the origin have one sign.
+        plain: Behaviour on the probe texts, which belong to no task.
+        tasks: Behaviour on each task's own prompts.
+        answers: Answers of the origin, then of each model, to the items of each task that has choices or likelihoods.
+    """
+
+    ids: tuple[str, ...]
+    based: bool
+    weights: "Array"
+    size: float
+    signs: "Array"
+    plain: Manners
+    tasks: dict[str, Manners]
+    answers: dict[str, AnswerTable]
+
+    def place(self, name: str) -> int:
+        """Return a model's number."""
+        return self.ids.index(name)
+
+    def scores(self, task: str) -> "Array":
+        """Return what the origin and each model score on a task's items, `[1 + models]`; nan if that is not known."""
+        table = self.answers.get(task)
+        if table is None:
+            return np.full(1 + len(self.ids), np.nan)
+        found: Array = table.score(table.likelihoods).mean(axis=-1)
+        return found
+
+
+def observe(checkpoint: Checkpoint, split: Split, probes: ProbesSection, store: Store, *, batch_size: int = 16) -> None:
+    """Run a model once over everything it will be compared by, and keep what it does.
+
+    Raises:
+        ZooError: if transformers cannot load it.
+        EvaluationError: if it cannot answer the items.
+    """
+    for texts in _texts(split, probes).values():
+        record_probes(checkpoint, texts, store)
+    answer_checkpoint(checkpoint, split, store, batch_size=batch_size)
+
+
+def gather(
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    split: Split,
+    probes: ProbesSection,
+    store: Store,
+    progress: Progress = silent,
+) -> Signals:
+    """Bring together what is known of some models; what was not observed yet is observed now.
+
+    Args:
+        models: Two or more of one shape and vocabulary.
+        base: The checkpoint they were fine-tuned from, if it is known.
+        split: The items whose prompts and answers count; no other split is looked at.
+        probes: The texts that belong to no task.
+        store: Keeps moments, records and answers by content hash.
+        progress: Told of each model.
+
+    Raises:
+        MergeError: for fewer than two models.
+    """
+    if len(models) < 2:
+        raise MergeError(f"a merge needs two models, and there is {len(models)}")
+    everyone = [*([base] if base else []), *models]
+    for done, one in enumerate(everyone, start=1):
+        observe(one, split, probes, store)
+        progress(Step(stage="plan", message=f"observed {one.id}", done=done, total=len(everyone)))
+    cache = MomentsCache(store)
+    measure(list(models), base, cache, columns=False, progress=progress)
+    weights, size, signs = _weights(models, base, cache)
+    manners = {
+        name: _manners([(one, record_probes(one, texts, store)) for one in everyone], base is not None, store)
+        for name, texts in _texts(split, probes).items()
+    }
+    answers = {}
+    own = [answer_checkpoint(one, split, store) for one in everyone]
+    for items in split.tasks:
+        found = [one.task(items.name) for one in own]
+        known = [one for one in found if one is not None]
+        if len(known) == len(everyone):
+            table = AnswerTable.of(known)
+            if base is None:
+                mean = table.likelihoods.mean(axis=0, keepdims=True)
+                table = AnswerTable(np.concatenate([mean, table.likelihoods]), table.lengths, table.values)
+            answers[items.name] = table
+    return Signals(
+        ids=tuple(one.id for one in models),
+        based=base is not None,
+        weights=weights,
+        size=size,
+        signs=signs,
+        plain=manners.pop(""),
+        tasks=manners,
+        answers=answers,
+    )
+
+
+def _texts(split: Split, probes: ProbesSection) -> dict[str, tuple[str, ...]]:
+    """Return the texts of each task, and under "" those of none."""
+    plain = load_texts(probes.texts, min(probes.limit, TEXTS), probes.characters)
+    return {"": tuple(plain), **prompts(split, PROMPTS)}
+
+
+def _weights(
+    models: Sequence[Checkpoint], base: Checkpoint | None, cache: MomentsCache
+) -> tuple["Array", float, "Array"]:
+    """Return inner products by band, the origin's norm, and the agreement of signs."""
+    count = len(models)
+    grams, signs = np.zeros((len(BANDS), count, count)), np.eye(count)
+    origin = base.content_hash if base else None
+    size = 0.0
+    for (i, first), (j, second) in combinations(enumerate(models), 2):
+        moments = cache.load(first.content_hash, second.content_hash, origin, columns=False)
+        if moments is None:
+            raise MergeError(f"'{first.id}' and '{second.id}' cannot be compared by their weights")
+        dots, firsts, seconds = _by_band(moments, first.layers or 1)
+        grams[:, i, j] = grams[:, j, i] = dots
+        grams[:, i, i], grams[:, j, j] = firsts, seconds
+        agreement = moments.sign_agreement(("attention", "mlp"))
+        signs[i, j] = signs[j, i] = np.nan if agreement is None else agreement
+    if base is not None:
+        plain = cache.load(models[0].content_hash, base.content_hash, None, columns=False)
+        size = 0.0 if plain is None else float(np.sqrt(_by_band(plain, base.layers or 1)[2].sum()))
+    else:
+        size = float(np.sqrt(grams.sum(axis=0).mean()))  # the norm of the mean
+        grams = _centred(grams)
+    return grams, size, signs
+
+
+def _by_band(moments: Moments, layers: int) -> tuple["Array", "Array", "Array"]:
+    sums = np.zeros((3, len(BANDS)))
+    for place, name in enumerate(moments.names):
+        layer, kind = layer_of(name), kind_of(name)
+        if layer is None or kind not in ("attention", "mlp"):
+            continue
+        band = BANDS.index(f"{kind}.{('early', 'middle', 'late')[min(2, 3 * layer // layers)]}")
+        sums[:, band] += moments.dots[place], moments.first_squares[place], moments.second_squares[place]
+    return sums[0], sums[1], sums[2]
+
+
+def _centred(grams: "Array") -> "Array":
+    """Return inner products of differences from the mean, from those of the models themselves."""
+    count = grams.shape[-1]
+    centre = np.eye(count) - 1 / count
+    found: Array = centre @ grams @ centre
+    return found
+
+
+def _manners(members: list[tuple[Checkpoint, "object"]], based: bool, store: Store) -> Manners:
+    """Compare models on the same texts; with `based`, the first is the base."""
+    pairs = compare_records(members, store)  # type: ignore[arg-type]
+    count = len(members)
+    far, agreement, alignment = np.zeros((count, count)), np.eye(count), np.eye(count)
+    entropy = np.zeros(count)
+    for (i, (first, _)), (j, (second, _)) in combinations(enumerate(members), 2):
+        found: Behaviour = pairs[first.id, second.id]
+        both = (found.forward, found.backward)
+        far[i, j] = far[j, i] = np.nan if None in both else sum(one.mean for one in both if one)
+        agreement[i, j] = agreement[j, i] = np.nan if found.top_agreement is None else found.top_agreement
+        alignment[i, j] = alignment[j, i] = np.nan if found.alignment is None else found.alignment
+        if i == 0:
+            entropy[j] = np.nan if found.entropy_gap is None else -found.entropy_gap
+    # Half the sum of both divergences is half a squared length: the sum is the squared length.
+    if based:
+        gram = (far[1:, :1] + far[:1, 1:] - far[1:, 1:]) / 2
+        return Manners(gram, agreement[1:, 1:], alignment[1:, 1:], entropy[1:])
+    centre = np.eye(count) - 1 / count
+    return Manners(-centre @ far @ centre / 2, agreement, alignment, entropy - entropy.mean())
