@@ -3,11 +3,13 @@
 Door: `make_plan`.
 """
 
+from collections.abc import Callable
+
 from composer.clustering import Cluster
 from composer.errors import MergeError, RecipeError
 from composer.merging.operators import OPERATORS
-from composer.merging.plan import MergePlan
-from composer.merging.strategies import STRATEGIES
+from composer.merging.plan import Advice, MergePlan
+from composer.merging.strategies import STRATEGIES, Foresighted
 from composer.recipe import Recipe
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint, Zoo
@@ -65,7 +67,13 @@ class Plan(Value):
 
 
 def make_plan(
-    recipe: Recipe, zoo: Zoo, clusters: tuple[Cluster, ...], *, proxy_items: int, held_out_items: int
+    recipe: Recipe,
+    zoo: Zoo,
+    clusters: tuple[Cluster, ...],
+    *,
+    proxy_items: int,
+    held_out_items: int,
+    advise: Callable[[list[Checkpoint]], Advice] | None = None,
 ) -> Plan:
     """Plan every cluster by the recipe's strategy and estimate the cost.
 
@@ -75,6 +83,7 @@ def make_plan(
         clusters: From `composer.clustering`.
         proxy_items: Items in the proxy split, over all tasks.
         held_out_items: Items in the held-out split, over all tasks.
+        advise: Predicts merges of some checkpoints; asked only by strategies that go by it.
 
     Raises:
         MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters or of a skipped model.
@@ -87,7 +96,11 @@ def make_plan(
     for cluster in clusters:
         # A merge needs two, whatever the strategy.
         name = recipe.merge.strategy if len(cluster.members) > 1 else "none"
-        plans.append(STRATEGIES.get(name).plan(cluster, recipe.merge))
+        strategy = STRATEGIES.get(name)
+        planned = strategy.plan(cluster, recipe.merge)
+        if advise is not None and isinstance(strategy, Foresighted):
+            planned = strategy.foresee(planned, advise([zoo[one] for one in cluster.members]), recipe.merge)
+        plans.append(planned)
     return Plan(
         clusters=clusters,
         merges=tuple(plans),

@@ -91,12 +91,14 @@ def plan(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any
     session = runtime.context.session
     with stage("plan", runtime) as progress:
         progress(Step(stage="plan", message="loading tasks"))
+        zoo = Zoo.load(state["zoo"])
         planned = make_plan(
             session.run.recipe,
-            Zoo.load(state["zoo"]),
+            zoo,
             Clusters.load(state["clusters"]).clusters,
             proxy_items=session.split("proxy").size,
             held_out_items=session.split("held_out").size,
+            advise=session.advisor(zoo, progress).advise,
         )
         return {"plan": _save(session, "plan.json", planned)}
 
@@ -139,8 +141,9 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
         mine = next(one for one in Plan.load(state["plan"]).merges if one.cluster == state["cluster"])
         split, probes = session.split("proxy"), session.run.recipe.probes
         with closing(TrialLog(session.run.store.root / "trials.sqlite")) as log:
+            zoo = Zoo.load(state["zoo"])
             workbench = Workbench(
-                zoo=Zoo.load(state["zoo"]),
+                zoo=zoo,
                 cluster=mine.cluster,
                 section=session.run.recipe.merge,
                 executor=session.executor,
@@ -148,6 +151,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
                 proxy={items.name: items.hashes for items in split.tasks},
                 fingerprint=split.fingerprint,
                 texts=digest(load_texts(probes.texts, probes.limit, probes.characters)),
+                advise=session.advisor(zoo, progress).advise,
                 progress=progress,
             )
             outcome = merge_cluster(mine, workbench)

@@ -14,7 +14,8 @@ from composer.merging.judge import Judge
 from composer.progress import Progress
 from composer.runs import Run
 from composer.serving.server import Server
-from composer.zoo import Checkpoint
+from composer.simmerge import Advisor
+from composer.zoo import Checkpoint, Zoo
 
 
 class ComposeState(TypedDict, total=False):
@@ -94,6 +95,13 @@ class Session:
             make = partial(Judge, recipe.evaluate, recipe.probes, self.run.store.root.resolve(), splits)
             self._executor = make_executor(recipe.executor, make, recipe.workers)
         return self._executor
+
+    def advisor(self, zoo: Zoo, progress: Progress) -> Advisor:
+        """Return what predicts merges of the zoo's models."""
+        recipe = self.run.recipe
+        return Advisor(
+            zoo.base, self.split("proxy"), recipe.probes, recipe.merge, self.run.store, self.executor, progress
+        )
 
     def rest(self) -> None:
         """Let go of the models that the executor holds; it starts again when it is used again."""

@@ -22,6 +22,7 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from composer.evaluation.tasks import split_of
     from composer.planning import make_plan
     from composer.similarity import compare
+    from composer.simmerge import Advisor
     from composer.zoo import inspect_zoo, missing_downloads
 
     downloads = missing_downloads(loaded.zoo)
@@ -38,12 +39,14 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         matrix = compare(zoo, store, loaded.cluster, loaded.probes, skip_broken=skip, progress=progress)
         zoo = zoo.without(matrix.skipped)
         clusters = cluster(matrix, loaded.cluster)
+        proxy = split_of(loaded.evaluate, "proxy")
         plan = make_plan(
             loaded,
             zoo,
             clusters,
-            proxy_items=split_of(loaded.evaluate, "proxy").size,
+            proxy_items=proxy.size,
             held_out_items=split_of(loaded.evaluate, "held_out").size,
+            advise=Advisor(zoo.base, proxy, loaded.probes, loaded.merge, store, progress=progress).advise,
         )
     if as_json:
         print_json(plan.model_dump(mode="json"))

@@ -85,6 +85,12 @@ class Judge:
         """
         return score_checkpoint(checkpoint, self.split(split), self.store, batch_size=self.evaluate.batch_size)
 
+    def observe(self, checkpoint: Checkpoint) -> None:
+        """Keep what a predictor compares a model by; see `composer.simmerge.signals.observe`."""
+        from composer.simmerge.signals import observe
+
+        observe(checkpoint, self.split("proxy"), self.probes, self.store, batch_size=self.evaluate.batch_size)
+
     def trial(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, portion: Portion | None) -> Measured:
         """Merge a candidate in memory and score it.
 

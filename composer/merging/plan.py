@@ -15,6 +15,48 @@ class MergeStep(Value):
     """A list gives one value per input, or per group of layers; what is missing takes the operator's default."""
 
 
+class Forecast(Value):
+    """What a merge that was not made is predicted to score."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    """Ids, in order."""
+    parameters: dict[str, float | bool | list[float | list[float]]] = {}
+    label: str
+    """Operator and setting in words."""
+    gain: float
+    """Mean over tasks, less that of the best single model."""
+    low: float
+    """Lower bound of the gain."""
+    high: float
+    """Upper bound of the gain."""
+    chance: float
+    """Probability that there is a gain at all."""
+    by_task: dict[str, float]
+    """Score on each task."""
+    novelty: float
+    """How far the merge is from what the predictor was trained on, 0..1."""
+
+
+class Advice(Value):
+    """What a predictor makes of a cluster."""
+
+    best: str
+    """The best single model."""
+    reference: float
+    """What it is expected to score, mean over tasks."""
+    level: float
+    """Share of merges whose gain lies within its interval."""
+    weighed: int
+    """Merges that were weighed."""
+    seconds: float
+    """What that took, with what had to be observed of the models."""
+    forecasts: tuple[Forecast, ...]
+    """The best of them, the best first; never two of the same models by the same operator."""
+    refused: str | None = None
+    """Why none of them should be made, or None."""
+
+
 class MergePlan(Value):
     """What a strategy intends for one cluster."""
 
@@ -31,6 +73,8 @@ class MergePlan(Value):
     """At most this many merges will be written."""
     evaluations: int = 0
     """At most this many checkpoints will be scored on the proxy split besides."""
+    advice: Advice | None = None
+    """What the plan goes by, where merges are predicted."""
     intent: str
     """The plan in one sentence."""
 

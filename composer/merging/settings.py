@@ -8,7 +8,7 @@ from composer.errors import MergeError
 from composer.merging.operators import OPERATORS
 from composer.merging.plan import MergeStep
 from composer.merging.strategies import STRATEGIES
-from composer.settings import Identifier, Section, named
+from composer.settings import Identifier, PathText, Section, named
 
 
 class FixedMerge(Section):
@@ -48,6 +48,22 @@ class EvolutionSection(Section):
     """Begin at what strategy `coefficient` finds."""
 
 
+class SimMergeSection(Section):
+    """How strategy `simmerge` predicts and chooses."""
+
+    predictor: PathText | None = None
+    """A predictor of one's own, from `model-composer simmerge train`; by default the program's."""
+    risk: float = Field(default=0.5, gt=0, lt=1)
+    """No merge is made whose gain over the best single model is predicted to be below zero with more than this
+    probability."""
+    tries: int = Field(default=3, ge=1)
+    """Predicted merges that are made in memory and scored on the proxy split, the best first."""
+    most: Annotated[int, Field(ge=2)] | None = None
+    """Sources of a merge, at most."""
+    labels: bool = True
+    """Whether the predictor may use what single models score on the proxy split, and not their behaviour alone."""
+
+
 class MergeSection(Section):
     """How a cluster becomes one model."""
 
@@ -66,6 +82,8 @@ class MergeSection(Section):
     """For `similarity`: what is merged in next."""
     evolution: EvolutionSection = EvolutionSection()
     """For `evolution`."""
+    simmerge: SimMergeSection = SimMergeSection()
+    """For `simmerge`."""
     merges: list[FixedMerge] = []
     """For `fixed`: the merges, in order."""
     accept: Literal["proxy", "always"] = "proxy"

@@ -1,6 +1,6 @@
 """The workbench a strategy works at: races candidates, keeps the ones that pay, reports progress."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,16 @@ from composer.evaluation.statistics import Gain, paired_gain
 from composer.executors import Executor
 from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
 from composer.merging.judge import Bench, Judge, Measured, Portion
-from composer.merging.plan import MergeStep, Smoke
+from composer.merging.plan import Advice, MergeStep, Smoke
 from composer.merging.trials import TrialLog, joined, within, without
 from composer.progress import Progress, Step, silent
 from composer.zoo import Checkpoint, Zoo
 
 if TYPE_CHECKING:
     from composer.merging.settings import MergeSection
+
+Advise = Callable[[Sequence[Checkpoint], str], Advice]
+"""Says which merges of some checkpoints are worth making, of those that one of them is in."""
 
 SHARES = (0.25, 0.5, 1.0)
 """Parts of the proxy items after which candidates that are clearly behind are dropped."""
@@ -56,6 +59,8 @@ class Workbench:
     """Hash of the proxy items and their tasks."""
     texts: str | None = None
     """Hash of the probe texts."""
+    advise: Advise | None = None
+    """Predicts merges of some checkpoints, where there is a predictor."""
     progress: Progress = silent
     made: dict[str, Checkpoint] = field(default_factory=dict)
     """Merged checkpoints of this cluster, by the name of their step."""

@@ -122,6 +122,12 @@ class Predictor(Value):
         """
         return self._interval(prediction.gain.mean(axis=1), self.mean_scale(prediction), self.mean_errors, level)
 
+    def chance(self, gain: "Array", prediction: Prediction) -> "Array":
+        """Return the probability that the mean over tasks exceeds what `gain`, `[merges]`, is measured from."""
+        steps = np.linspace(0, 1, len(self.mean_errors))
+        found: Array = 1 - np.interp(-gain / self.mean_scale(prediction), self.mean_errors, steps)
+        return found
+
     def interval(self, prediction: Prediction, level: float) -> tuple["Array", "Array", "Array"]:
         """Return gain on each task with lower and upper bound, each `[merges, tasks]`."""
         return self._interval(prediction.gain, prediction.scale, self.errors, level)

@@ -1,0 +1,128 @@
+"""The advisor: observes models once each and says which merges of them are worth making."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer.artefacts import Store
+from composer.evaluation.tasks import Split
+from composer.executors import Executor
+from composer.merging.judge import Judge
+from composer.merging.operators import OPERATORS
+from composer.merging.plan import Advice, Forecast
+from composer.merging.settings import MergeSection
+from composer.probes import ProbesSection
+from composer.progress import Progress, Step, silent
+from composer.simmerge.arms import ARMS, Arm, arms_of
+from composer.simmerge.footprint import take_sample
+from composer.simmerge.planner import Planner, Weighed
+from composer.simmerge.predictor import SHIPPED, Predictor
+from composer.simmerge.signals import gather
+from composer.zoo import Checkpoint, make_whole
+
+SHOWN = 8
+"""Forecasts that are kept of all that were weighed."""
+
+
+@dataclass
+class Advisor:
+    """Predicts merges of models of one cluster."""
+
+    base: Checkpoint | None
+    split: Split
+    """The proxy items; no other split is looked at."""
+    probes: ProbesSection
+    section: MergeSection
+    store: Store
+    executor: Executor[Judge] | None = None
+    """Observes models; by default this process does."""
+    progress: Progress = silent
+
+    def advise(self, models: Sequence[Checkpoint], including: str | None = None) -> Advice:
+        """Weigh the merges of some models.
+
+        Args:
+            models: Two or more of one cluster.
+            including: A model that must be among the sources.
+
+        Raises:
+            PredictorError: if there is no predictor for the features of this program.
+            MergeError: if an operator cannot be predicted.
+            ZooError: if a model cannot be observed.
+        """
+        began = time.monotonic()
+        planner = self.planner(models)
+        found = planner.search(self.arms(), self.section.simmerge.most)
+        if including is not None:
+            place = planner.signals.ids.index(including)
+            found = [one for one in found if place in one.sources]
+        chosen: dict[tuple[frozenset[int], str], Weighed] = {}
+        for one in found:
+            chosen.setdefault((frozenset(one.sources), one.arm.operator), one)
+        top = [forecast(one, planner.signals.ids, planner.tasks) for one in list(chosen.values())[:SHOWN]]
+        best = planner.signals.ids[planner.best]
+        return Advice(
+            best=best,
+            reference=planner.reference,
+            level=planner.level,
+            weighed=planner.weighed,
+            seconds=round(time.monotonic() - began, 3),
+            forecasts=tuple(top),
+            refused=self._refused(top, best, planner.weighed),
+        )
+
+    def _refused(self, top: Sequence[Forecast], best: str, weighed: int) -> str | None:
+        if not top:
+            return "none of the operators takes these models"
+        first, risk = top[0], self.section.simmerge.risk
+        if first.chance >= 1 - risk:
+            return None
+        return (
+            f"the best of {weighed} merges, {first.label} of {', '.join(first.inputs)}, is predicted {first.gain:+.4f} "
+            f"against {best}, and to gain at all with probability {first.chance:.2f}; merge.simmerge.risk asks for "
+            f"{1 - risk:.2f}"
+        )
+
+    def planner(self, models: Sequence[Checkpoint]) -> Planner:
+        """Observe models and return what weighs their merges."""
+        own = self.section.simmerge
+        for one in [*models, *([self.base] if self.base else [])]:
+            make_whole(one, self.store, self.progress)
+        predictor = Predictor.unpack(Path(own.predictor) if own.predictor else SHIPPED)
+        if self.executor is not None:
+            everyone = [*models, *([self.base] if self.base else [])]
+            calls = [(one,) for one in everyone]
+            for done, _ in enumerate(self.executor.map("observe", calls), start=1):
+                name = everyone[done - 1].id
+                self.progress(Step(stage="plan", message=f"observed {name}", done=done, total=len(everyone)))
+        signals = gather(models, self.base, self.split, self.probes, self.store, self.progress)
+        return Planner(
+            signals=signals,
+            sample=take_sample(models, self.base),
+            predictor=predictor,
+            tasks=[items.name for items in self.split.tasks],
+            labelled=own.labels,
+        )
+
+    def arms(self) -> list[Arm]:
+        """Return the ways of merging that are weighed: the recipe's operators, or by default all that are known."""
+        given = self.section.operators if "operators" in self.section.model_fields_set else list(ARMS)
+        based = self.base is not None
+        return arms_of([name for name in given if based or OPERATORS.get(name).start != "base"])
+
+
+def forecast(one: Weighed, ids: Sequence[str], tasks: Sequence[str]) -> Forecast:
+    """Return a weighed merge by the names of its models."""
+    return Forecast(
+        operator=one.arm.operator,
+        inputs=tuple(ids[place] for place in one.sources),
+        parameters=one.arm.parameters(len(one.sources)),
+        label=one.arm.label,
+        gain=one.gain,
+        low=one.low,
+        high=one.high,
+        chance=one.chance,
+        by_task=dict(zip(tasks, one.by_task, strict=True)),
+        novelty=one.novelty,
+    )

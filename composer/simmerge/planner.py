@@ -1,0 +1,239 @@
+"""The planner: which models of a cluster to merge, by which arm and in which order, with none of the merges made."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, permutations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from composer.errors import MergeError
+from composer.merging.operators import OPERATORS
+from composer.simmerge.arms import Arm
+from composer.simmerge.features import merge_features
+from composer.simmerge.footprint import Sample, footprint
+from composer.simmerge.predictor import Predictor
+from composer.simmerge.signals import Signals
+
+if TYPE_CHECKING:
+    from composer.simmerge.signals import Array
+
+EXACT = 6
+"""Models up to which every subset is weighed."""
+BEAM = 8
+"""Subsets that are carried on, beyond that."""
+PATIENCE = 2
+"""Sizes without a better merge after which a search ends."""
+FINALISTS = 12
+"""Subsets that are weighed by every arm after a beam search."""
+ORDERED = 4
+"""Sources up to which every order is weighed, where order makes a difference; beyond, the best model first."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A merge that was not made."""
+
+    sources: tuple[int, ...]
+    """Numbers of the models, in order."""
+    arm: Arm
+    gain: float
+    """Predicted mean over tasks, less that of the best single model."""
+    low: float
+    """Lower bound of the gain."""
+    high: float
+    chance: float
+    """Probability that the gain is above zero."""
+    by_task: tuple[float, ...]
+    """Predicted score on each task."""
+    novelty: float
+    """How far it is from what the predictor was trained on, 0..1."""
+
+
+@dataclass
+class Planner:
+    """Weighs merges of some models."""
+
+    signals: Signals
+    sample: Sample
+    predictor: Predictor
+    tasks: Sequence[str]
+    level: float = 0.8
+    """Share of merges whose gain lies within its interval."""
+    labelled: bool = True
+    """Whether labels of proxy items may be used."""
+    weighed: int = 0
+    """Merges weighed so far."""
+    _footprints: dict[tuple[str, tuple[int, ...]], tuple["Array", float] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._levels = np.stack([self._level(task) for task in self.tasks], axis=1)
+        """`[models, tasks]`."""
+        self.best = int(self._levels.mean(axis=1).argmax())
+        """The best single model."""
+
+    @property
+    def reference(self) -> float:
+        """What the best single model is expected to score, mean over tasks."""
+        return float(self._levels.mean(axis=1).max())
+
+    def search(self, arms: Sequence[Arm], most: int | None = None) -> list[Weighed]:
+        """Return merges, the best first.
+
+        Up to `EXACT` models every subset is weighed by every arm. Beyond, subsets grow in a beam search by the arms
+        whose coefficients are known without a sample, and the best of them are weighed by every arm.
+
+        Args:
+            arms: Ways of merging.
+            most: Sources of a merge, at most.
+        """
+        count = len(self.signals.ids)
+        most = min(count, most or count)
+        if count <= EXACT:
+            subsets = [one for size in range(2, most + 1) for one in combinations(range(count), size)]
+            return self._sorted(self.weigh(self._plans(subsets, arms)))
+        plain = [arm for arm in arms if OPERATORS.get(arm.operator).linear] or list(arms)
+        found: dict[tuple[int, ...], Weighed] = {}
+        beam: list[tuple[int, ...]] = list(combinations(range(count), 2))
+        stale, top = 0, -np.inf
+        while beam and stale < PATIENCE:
+            for one in self.weigh(self._plans(beam, plain)):
+                subset = tuple(sorted(one.sources))
+                if subset not in found or one.gain > found[subset].gain:
+                    found[subset] = one
+            size = len(beam[0])
+            best = sorted((found[subset] for subset in beam if subset in found), key=lambda one: -one.gain)[:BEAM]
+            stale, top = (0, best[0].gain) if best and best[0].gain > top else (stale + 1, top)
+            if size == most:
+                break
+            grown = {
+                tuple(sorted((*one.sources, other)))
+                for one in best
+                for other in range(count)
+                if other not in one.sources
+            }
+            beam = sorted(grown)
+        finalists = sorted(found, key=lambda subset: -found[subset].gain)[:FINALISTS]
+        return self._sorted([*found.values(), *self.weigh(self._plans(finalists, [a for a in arms if a not in plain]))])
+
+    def weigh(self, plans: Iterable[tuple[tuple[int, ...], Arm]]) -> list[Weighed]:
+        """Predict some merges; those that an operator refuses are left out."""
+        made = [(sources, arm, found) for sources, arm in plans if (found := self._footprint(sources, arm)) is not None]
+        if not made:
+            return []
+        parts, residual = np.zeros((len(made), len(self.signals.ids))), np.zeros(len(made))
+        for number, (sources, _, found) in enumerate(made):
+            parts[number, list(sources)], residual[number] = found
+        return self._predict([(sources, arm) for sources, arm, _ in made], parts, residual)
+
+    def features(self, sources: tuple[int, ...], arm: Arm) -> dict[str, "Array"]:
+        """Return the features of one merge, by task.
+
+        Raises:
+            MergeError: if the operator refuses it.
+        """
+        own = self._footprint(sources, arm)
+        if own is None:
+            raise MergeError(f"operator '{arm.operator}' does not take these models")
+        parts = np.zeros((1, len(self.signals.ids)))
+        parts[0, list(sources)] = own[0]
+        rest = np.array([own[1]])
+        return {
+            task: merge_features(self.signals, task, parts, rest, labelled=self.labelled)[0][0] for task in self.tasks
+        }
+
+    def _predict(self, plans: list[tuple[tuple[int, ...], Arm]], parts: "Array", residual: "Array") -> list[Weighed]:
+        each, base = [], []
+        for place, task in enumerate(self.tasks):
+            features, strong = merge_features(self.signals, task, parts, residual, labelled=self.labelled)
+            each.append(features)
+            base.append(self._levels[strong, place])
+        prediction = self.predictor.predict(each)
+        scores = np.stack(base, axis=1) + prediction.gain
+        middle, low, high = self.predictor.mean_interval(prediction, self.level)
+        gain = scores.mean(axis=1) - self.reference
+        chance = self.predictor.chance(gain, prediction)
+        novelty = np.mean([self.predictor.novelty(one) for one in each], axis=0)
+        self.weighed += len(plans)
+        return [
+            Weighed(
+                sources=sources,
+                arm=arm,
+                gain=float(gain[n]),
+                low=float(gain[n] + low[n] - middle[n]),
+                high=float(gain[n] + high[n] - middle[n]),
+                chance=float(chance[n]),
+                by_task=tuple(map(float, scores[n])),
+                novelty=float(novelty[n]),
+            )
+            for n, (sources, arm) in enumerate(plans)
+        ]
+
+    def _level(self, task: str) -> "Array":
+        """Return what each model is expected to score, `[models]`: its proxy score, drawn to the mean of all.
+
+        The best of several noisy scores is too good; the empirical Bayes estimate (James and Stein 1961) is not.
+        Without labels all are alike.
+        """
+        count = len(self.signals.ids)
+        table = self.signals.answers.get(task)
+        if table is None or not self.labelled:
+            return np.zeros(count)
+        values = table.score(table.likelihoods[1:])
+        means = values.mean(axis=1)
+        noise = float((values.var(axis=1, ddof=1) / values.shape[1]).mean()) if values.shape[1] > 1 else 0.0
+        spread = float(means.var(ddof=1)) if count > 1 else 0.0
+        keep = max(0.0, 1 - noise / spread) if spread > 0 else 0.0
+        found: Array = means.mean() + keep * (means - means.mean())
+        return found
+
+    def _plans(self, subsets: Iterable[tuple[int, ...]], arms: Sequence[Arm]) -> list[tuple[tuple[int, ...], Arm]]:
+        """Return the subsets with each arm that takes all of a subset at once, in the orders that differ."""
+        found = []
+        ranking = np.argsort(-self._levels.mean(axis=1), kind="stable").tolist()
+        for subset in subsets:
+            for arm in arms:
+                most = OPERATORS.get(arm.operator).most
+                if most is not None and len(subset) > most:
+                    continue
+                first = tuple(one for one in ranking if one in subset)
+                orders = [first]
+                if arm.ordered and len(subset) <= ORDERED:
+                    orders = [*permutations(first)]
+                found += [(order, arm) for order in orders]
+        return found
+
+    def _footprint(self, sources: tuple[int, ...], arm: Arm) -> "tuple[Array, float] | None":
+        key = (arm.label, sources)
+        if key not in self._footprints:
+            try:
+                self._footprints[key] = _known(sources, arm, based=self.signals.based) or footprint(
+                    arm.operator, arm.parameters(len(sources)), sources, self.sample
+                )
+            except MergeError:
+                self._footprints[key] = None
+        return self._footprints[key]
+
+    @staticmethod
+    def _sorted(found: list[Weighed]) -> list[Weighed]:
+        return sorted(found, key=lambda one: (-one.gain, one.sources, one.arm.label))
+
+
+def _known(sources: tuple[int, ...], arm: Arm, *, based: bool) -> "tuple[Array, float] | None":
+    """Return the footprint of a weighted sum, which needs no sample; None for what is none.
+
+    Raises:
+        MergeError: if the operator does not take these inputs.
+    """
+    operator = OPERATORS.get(arm.operator)
+    if not operator.linear:
+        return None
+    if operator.start == "base" and not based:
+        raise MergeError(f"operator '{arm.operator}' works on task vectors; set zoo.base in the recipe")
+    values = operator.resolve(arm.operator, len(sources), arm.parameters(len(sources)))
+    given = values["weight"]
+    weights = np.array(given if isinstance(given, list) else [given] * len(sources), dtype=np.float64)
+    if values["normalize"]:
+        weights = weights / weights.sum()
+    scale = values.get("lambda", 1.0)
+    return weights * float(scale if not isinstance(scale, list) else 1.0), 0.0

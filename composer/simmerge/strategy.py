@@ -1,0 +1,107 @@
+"""Strategy `simmerge`: a trained predictor says which merges are worth making; only those are made."""
+
+from composer.clustering import Cluster
+from composer.errors import MergeError
+from composer.merging.plan import Advice, Forecast, MergeOutcome, MergePlan, MergeStep, Trial
+from composer.merging.settings import MergeSection
+from composer.merging.strategies.greedy import decide
+from composer.merging.strategies.growth import flat_weights
+from composer.merging.workbench import Workbench
+
+
+class SimMerge:
+    """Merges what is predicted to gain, and looks again after every merge."""
+
+    def plan(self, cluster: Cluster, section: MergeSection) -> MergePlan:
+        """Say at most how much would be made; what, is for `foresee` to say."""
+        members = len(cluster.members)
+        return MergePlan(
+            cluster=cluster.id,
+            strategy="simmerge",
+            members=cluster.members,
+            trials=section.simmerge.tries,
+            merges=1,
+            evaluations=members,
+            intent=f"merge what of {members} models is predicted to gain, at most {section.simmerge.tries} tried",
+        )
+
+    def foresee(self, plan: MergePlan, advice: Advice, section: MergeSection) -> MergePlan:
+        """Return the plan with the merges that are predicted to gain most."""
+        if advice.refused:
+            changes = {"trials": 0, "merges": 0, "intent": f"no merge is worth making: {advice.refused}"}
+            return plan.model_copy(update={"advice": advice, **changes})
+        tried = _worth_trying(advice, section)
+        first = tried[0]
+        runner_up = f"; next best {_in_words(advice.forecasts[1])}" if len(advice.forecasts) > 1 else ""
+        intent = f"{_in_words(first)}, of {advice.weighed} merges weighed{runner_up}"
+        steps = tuple(_step(one, f"{plan.cluster}-{place}") for place, one in enumerate(tried, start=1))
+        changes = {"advice": advice, "steps": steps, "trials": len(steps), "intent": intent}
+        return plan.model_copy(update=changes)
+
+    def carry_out(self, plan: MergePlan, workbench: Workbench) -> MergeOutcome:
+        """Try what is predicted to gain most; keep what does, and look what more could be merged into it."""
+        trials: list[Trial] = []
+        sources: dict[str, tuple[str, ...]] = {name: (name,) for name in plan.members}
+        weights: dict[str, dict[str, float]] = {}
+        base = workbench.zoo.base.id if workbench.zoo.base else None
+        name = plan.cluster.replace("cluster", "merged")
+        result: MergeStep | None = None
+        steps = plan.steps
+        reached = workbench.scores(plan.members) if steps else {}
+        while steps:
+            best = max(reached, key=lambda one: reached[one].mean)
+            standings = workbench.race(steps, reached[best], "what is predicted to gain")
+            trial, winner = decide(standings, reached[best], workbench, f"against {best}")
+            if winner is not None and winner.scores is not None:
+                try:
+                    # Called what the result is called: it is one, unless more is merged into it.
+                    number = f"{name}-{len(weights) + 1}" if weights else name
+                    kept = workbench.keep(winner.step.model_copy(update={"name": number}))
+                except MergeError as error:
+                    trial, winner = trial.model_copy(update={"accepted": False, "reason": str(error)}), None
+            trials.append(trial)
+            if winner is None or winner.scores is None:
+                break
+            result = winner.step.model_copy(update={"name": kept.id})
+            weights[kept.id] = flat_weights(result, weights, base)
+            sources[kept.id] = tuple(dict.fromkeys(one for each in result.inputs for one in sources[each]))
+            left = [one for one in plan.members if one not in sources[kept.id]]
+            reached = {kept.id: winner.scores}
+            steps = self._next(kept.id, left, plan, workbench) if left else ()
+        merged = sources[result.name] if result else ()
+        return MergeOutcome(
+            cluster=plan.cluster,
+            result=workbench.checkpoint(result.name) if result else None,
+            merged=merged,
+            whole=tuple(one for one in plan.members if one not in merged),
+            trials=tuple(trials),
+            weights=weights[result.name] if result else {},
+            smoke=workbench.smokes[result.name] if result else None,
+        )
+
+    def _next(self, current: str, left: list[str], plan: MergePlan, workbench: Workbench) -> tuple[MergeStep, ...]:
+        """Measure the merge so far and return what is predicted to gain if more is merged into it."""
+        if workbench.advise is None:
+            return ()
+        models = [workbench.checkpoint(one) for one in (current, *left)]
+        advice = workbench.advise(models, current)
+        if advice.refused:
+            return ()
+        tried = _worth_trying(advice, workbench.section)
+        return tuple(_step(one, f"{current}-{place}") for place, one in enumerate(tried, start=1))
+
+
+def _worth_trying(advice: Advice, section: MergeSection) -> list[Forecast]:
+    enough = [one for one in advice.forecasts if one.chance >= 1 - section.simmerge.risk]
+    return enough[: section.simmerge.tries]
+
+
+def _step(one: Forecast, name: str) -> MergeStep:
+    return MergeStep(name=name, operator=one.operator, inputs=one.inputs, parameters=one.parameters)
+
+
+def _in_words(one: Forecast) -> str:
+    return f"{one.label} of {', '.join(one.inputs)} ({one.gain:+.4f} predicted, {one.low:+.4f} to {one.high:+.4f})"
+
+
+strategy = SimMerge()
