@@ -52,7 +52,7 @@ class Explanation(Value):
         one = self.chosen
         lines = [
             f"{one.label} of {', '.join(one.inputs)}: {one.gain:+.4f} predicted against {self.best} "
-            f"({self.reference:.4f}), {one.low:+.4f} to {one.high:+.4f}; gains at all with probability {one.chance:.2f}",
+            f"({self.reference:.4f}), {one.low:+.4f} to {one.high:+.4f}; a gain with probability {one.chance:.2f}",
             "by task: " + ", ".join(f"{task} {score:.3f}" for task, score in one.by_task.items()),
         ]
         if one.novelty > 0.1:
