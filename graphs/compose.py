@@ -152,6 +152,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
                 fingerprint=split.fingerprint,
                 texts=digest(load_texts(probes.texts, probes.limit, probes.characters)),
                 advise=session.advisor(zoo, progress).advise,
+                memory=session.run.store.root,
                 progress=progress,
             )
             outcome = merge_cluster(mine, workbench)

@@ -341,10 +341,11 @@ def test_a_bandit_learns_which_arm_pays_and_keeps_it(policy: Policy, tmp_path: P
         place = load_bandit(path).choose(list(truth), contexts, np.zeros(3), policy=policy, seed=turn)
         label = list(truth)[place]
         chosen.append(label)
-        teach(path, label, contexts[place], 0.0, truth[label] + 0.01 * generator.normal())
+        teach(path, str(turn), label, contexts[place], 0.0, truth[label] + 0.01 * generator.normal())
     assert chosen[-20:].count("b") > 15
     assert set(chosen[:20]) == set(truth), "nothing is left untried"
-    assert sum(state.count for state in load_bandit(path).arms.values()) == 80
+    teach(path, "0", "a", contexts[0], 0.0, 1.0)
+    assert sum(state.count for state in load_bandit(path).arms.values()) == 80, "nothing is taught twice"
 
 
 def test_a_bandit_begins_where_the_predictor_is() -> None:

@@ -36,6 +36,8 @@ class Forecast(Value):
     """Score on each task."""
     novelty: float
     """How far the merge is from what the predictor was trained on, 0..1."""
+    context: tuple[float, ...] = ()
+    """What a bandit knows it by."""
 
 
 class Advice(Value):
@@ -52,7 +54,8 @@ class Advice(Value):
     seconds: float
     """What that took, with what had to be observed of the models."""
     forecasts: tuple[Forecast, ...]
-    """The best of them, the best first; never two of the same models by the same operator."""
+    """The best of them, the best first; never two of the same models by the same operator, or for a bandit, never two
+    by the same arm."""
     refused: str | None = None
     """Why none of them should be made, or None."""
 

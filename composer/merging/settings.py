@@ -64,12 +64,26 @@ class SimMergeSection(Section):
     """Whether the predictor may use what single models score on the proxy split, and not their behaviour alone."""
 
 
+class BanditSection(Section):
+    """How strategy `bandit` chooses."""
+
+    rounds: int = Field(default=8, ge=1)
+    """Merges that are made in memory and scored, one after another."""
+    policy: Literal["linucb", "thompson"] = "linucb"
+    """linucb adds standard errors to what is expected; thompson draws from what is believed."""
+    exploration: float = Field(default=1.0, ge=0)
+    """Standard errors that are added, or that a draw is wide."""
+    predictor: bool = True
+    """Whether it begins where the predictor is, or from nothing."""
+
+
 class MergeSection(Section):
     """How a cluster becomes one model."""
 
     strategy: named(STRATEGIES) = "average"  # type: ignore[valid-type]
     """`average` and `coefficient` merge the members in one after another, the best first, with equal weights or with
     the best of a grid; `similarity` the most (or least) similar first; `evolution` searches all coefficients at once;
+    `simmerge` makes what a predictor says will gain; `bandit` learns from every merge which to make next;
     `fixed` makes the merges listed; `none` merges nothing."""
     operators: list[named(OPERATORS)] = Field(default=["linear"], min_length=1)  # type: ignore[valid-type]
     """What a search merges with; with several, each is searched and the best result kept."""
@@ -83,7 +97,9 @@ class MergeSection(Section):
     evolution: EvolutionSection = EvolutionSection()
     """For `evolution`."""
     simmerge: SimMergeSection = SimMergeSection()
-    """For `simmerge`."""
+    """For `simmerge`, and what `bandit` begins with."""
+    bandit: BanditSection = BanditSection()
+    """For `bandit`."""
     merges: list[FixedMerge] = []
     """For `fixed`: the merges, in order."""
     accept: Literal["proxy", "always"] = "proxy"

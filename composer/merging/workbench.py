@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composer.artefacts import digest
@@ -61,6 +62,8 @@ class Workbench:
     """Hash of the probe texts."""
     advise: Advise | None = None
     """Predicts merges of some checkpoints, where there is a predictor."""
+    memory: Path | None = None
+    """Where strategies that learn keep what they learnt, from run to run."""
     progress: Progress = silent
     made: dict[str, Checkpoint] = field(default_factory=dict)
     """Merged checkpoints of this cluster, by the name of their step."""

@@ -15,6 +15,7 @@ from composer.merging.settings import MergeSection
 from composer.probes import ProbesSection
 from composer.progress import Progress, Step, silent
 from composer.simmerge.arms import ARMS, Arm, arms_of
+from composer.simmerge.bandit import context_of
 from composer.simmerge.footprint import take_sample
 from composer.simmerge.planner import Planner, Weighed
 from composer.simmerge.predictor import SHIPPED, Predictor
@@ -57,10 +58,18 @@ class Advisor:
         if including is not None:
             place = planner.signals.ids.index(including)
             found = [one for one in found if place in one.sources]
-        chosen: dict[tuple[frozenset[int], str], Weighed] = {}
+        learns = self.section.strategy == "bandit"
+        chosen: dict[object, Weighed] = {}
         for one in found:
-            chosen.setdefault((frozenset(one.sources), one.arm.operator), one)
-        top = [forecast(one, planner.signals.ids, planner.tasks) for one in list(chosen.values())[:SHOWN]]
+            chosen.setdefault(one.arm.label if learns else (frozenset(one.sources), one.arm.operator), one)
+        kept = list(chosen.values())[: None if learns else SHOWN]
+        top = [forecast(one, planner.signals.ids, planner.tasks) for one in kept]
+        if learns:
+            contexts = [planner.features(one.sources, one.arm).values() for one in kept]
+            top = [
+                one.model_copy(update={"context": tuple(context_of([row[None] for row in rows])[0].tolist())})
+                for one, rows in zip(top, contexts, strict=True)
+            ]
         best = planner.signals.ids[planner.best]
         return Advice(
             best=best,

@@ -55,6 +55,8 @@ class Bandit(Value):
     version: int = VERSION
     arms: dict[str, ArmState] = {}
     """By the arm's label."""
+    seen: frozenset[str] = frozenset()
+    """Merges it was taught, which it is not taught twice."""
 
     def choose(
         self,
@@ -136,10 +138,17 @@ def load_bandit(path: Path) -> Bandit:
     return found if found.version == VERSION else Bandit()
 
 
-def teach(path: Path, label: str, context: "Array", predicted: float, gain: float) -> Bandit:
-    """Add one merge to what is kept in a file, which several runs may share."""
+def teach(path: Path, key: str, label: str, context: "Array", predicted: float, gain: float) -> Bandit:
+    """Add one merge to what is kept in a file, which several runs may share; one with a key it knows is not added.
+
+    Raises:
+        DiskFullError: if there is no room.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        known = load_bandit(path).learnt(label, context, predicted, gain)
-        known.save(path)
+        known = load_bandit(path)
+        if key not in known.seen:
+            known = known.learnt(label, context, predicted, gain)
+            known = known.model_copy(update={"seen": known.seen | {key}})
+            known.save(path)
     return known

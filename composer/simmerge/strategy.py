@@ -1,12 +1,17 @@
-"""Strategy `simmerge`: a trained predictor says which merges are worth making; only those are made."""
+"""Strategies `simmerge` and `bandit`: a predictor says which merges are worth making, and learns from those made."""
 
+import numpy as np
+
+from composer.artefacts import digest
 from composer.clustering import Cluster
 from composer.errors import MergeError
+from composer.evaluation.statistics import paired_gain
 from composer.merging.plan import Advice, Forecast, MergeOutcome, MergePlan, MergeStep, Trial
 from composer.merging.settings import MergeSection
 from composer.merging.strategies.greedy import decide
 from composer.merging.strategies.growth import flat_weights
-from composer.merging.workbench import Workbench
+from composer.merging.workbench import Standing, Workbench
+from composer.simmerge.bandit import load_bandit, teach
 
 
 class SimMerge:
@@ -91,6 +96,92 @@ class SimMerge:
         return tuple(_step(one, f"{current}-{place}") for place, one in enumerate(tried, start=1))
 
 
+class BanditMerges:
+    """Makes one merge after another, each chosen by what the ones before have taught, and keeps the best."""
+
+    def plan(self, cluster: Cluster, section: MergeSection) -> MergePlan:
+        """Say how many would be made."""
+        rounds = section.bandit.rounds
+        return MergePlan(
+            cluster=cluster.id,
+            strategy="bandit",
+            members=cluster.members,
+            trials=rounds,
+            merges=1,
+            evaluations=len(cluster.members),
+            intent=f"make {rounds} merges one after another, each chosen by what the others have taught; keep the best",
+        )
+
+    def foresee(self, plan: MergePlan, advice: Advice, section: MergeSection) -> MergePlan:
+        """Return the plan with what there is to choose from."""
+        trials = min(plan.trials, len(advice.forecasts))
+        return plan.model_copy(update={"advice": advice, "trials": trials})
+
+    def carry_out(self, plan: MergePlan, workbench: Workbench) -> MergeOutcome:
+        """Choose, make, score, learn; and again.
+
+        Raises:
+            MergeError: if there is nothing to choose from.
+        """
+        if plan.advice is None or workbench.memory is None:
+            raise MergeError("strategy 'bandit' needs a predictor to describe merges and a place to remember them")
+        path = workbench.memory / "bandit.json"
+        section = workbench.section.bandit
+        scores = workbench.scores(plan.members)
+        best = max(plan.members, key=lambda one: scores[one].mean)
+        offers = list(plan.advice.forecasts)
+        trials: list[Trial] = []
+        found: list[Standing] = []
+        for number in range(1, min(section.rounds, len(offers)) + 1):
+            predicted = [one.gain if section.predictor else 0.0 for one in offers]
+            place = load_bandit(path).choose(
+                [one.label for one in offers],
+                np.array([one.context for one in offers]),
+                np.array(predicted),
+                policy=section.policy,
+                exploration=section.exploration,
+                seed=workbench.section.seed + number,
+            )
+            offer = offers.pop(place)
+            step = _step(offer, f"{plan.cluster}-{number}")
+            standings = workbench.race([step], scores[best], f"round {number}: {offer.label}")
+            trial, winner = decide(standings, scores[best], workbench, f"against {best}")
+            trials.append(trial.model_copy(update={"accepted": False}))
+            if winner is not None:
+                found.append(winner)
+            [standing] = standings
+            if standing.scores is not None:
+                gain = paired_gain(standing.scores, scores[best]).mean
+                key = digest([workbench.fingerprint, [one.content_hash for one in workbench.inputs(step)], offer.label])
+                teach(path, key, offer.label, np.array(offer.context), predicted[place], gain)
+        return self._settled(plan, workbench, trials, found)
+
+    def _settled(
+        self, plan: MergePlan, workbench: Workbench, trials: list[Trial], found: list[Standing]
+    ) -> MergeOutcome:
+        """Write the best that was found, or the next best if it fails the smoke check."""
+        base = workbench.zoo.base.id if workbench.zoo.base else None
+        for one in sorted(found, key=lambda standing: -standing.scores.mean if standing.scores else 0.0):
+            step = one.step.model_copy(update={"name": plan.cluster.replace("cluster", "merged")})
+            place = next(n for n, trial in enumerate(trials) if trial.step == one.step)
+            try:
+                result = workbench.keep(step)
+            except MergeError as error:
+                trials[place] = trials[place].model_copy(update={"reason": str(error)})
+                continue
+            trials[place] = trials[place].model_copy(update={"accepted": True})
+            return MergeOutcome(
+                cluster=plan.cluster,
+                result=result,
+                merged=step.inputs,
+                whole=tuple(name for name in plan.members if name not in step.inputs),
+                trials=tuple(trials),
+                weights=flat_weights(step, {}, base),
+                smoke=workbench.smokes[step.name],
+            )
+        return MergeOutcome(cluster=plan.cluster, result=None, whole=plan.members, trials=tuple(trials))
+
+
 def _worth_trying(advice: Advice, section: MergeSection) -> list[Forecast]:
     enough = [one for one in advice.forecasts if one.chance >= 1 - section.simmerge.risk]
     return enough[: section.simmerge.tries]
@@ -104,4 +195,4 @@ def _in_words(one: Forecast) -> str:
     return f"{one.label} of {', '.join(one.inputs)} ({one.gain:+.4f} predicted, {one.low:+.4f} to {one.high:+.4f})"
 
 
-strategy = SimMerge()
+strategy, bandit = SimMerge(), BanditMerges()

@@ -50,5 +50,6 @@ STRATEGIES.register("coefficient", "composer.merging.strategies.greedy:coefficie
 STRATEGIES.register("similarity", "composer.merging.strategies.greedy:similarity")
 STRATEGIES.register("evolution", "composer.merging.strategies.evolution:strategy")
 STRATEGIES.register("simmerge", "composer.simmerge.strategy:strategy")
+STRATEGIES.register("bandit", "composer.simmerge.strategy:bandit")
 STRATEGIES.register("fixed", "composer.merging.strategies.fixed:strategy")
 STRATEGIES.register("none", "composer.merging.strategies.none:strategy")
