@@ -5,7 +5,7 @@
 All ten pairs by every arm (in both orders where order counts for two), all triples and quadruples by the arms that take
 them at once, and, for means into which models come one after another, in every order that makes a difference. Features
 come from 16 proxy items a task, scores from held-out items: 60 of SST-2, AG News and ARC-Easy, 16 of GSM8K and MBPP,
-whose likelihoods are far less noisy than accuracies. About 20 s a merge on 2 cores; what was scored is not scored again.
+whose likelihoods are far less noisy than accuracies. About 20 s a merge on 2 cores; what was scored is kept.
 """
 
 import argparse

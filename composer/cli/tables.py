@@ -8,6 +8,7 @@ from rich.text import Text
 from composer.clustering import Cluster
 from composer.evaluation.evidence import Evidence
 from composer.merging.operators import Operator
+from composer.merging.plan import Advice
 from composer.planning import Plan
 from composer.similarity import SimilarityMatrix
 from composer.zoo.checkpoint import Checkpoint, Description, Zoo
@@ -29,6 +30,9 @@ def print_plan(plan: Plan, zoo: Zoo) -> None:
     for cluster, merge in zip(plan.clusters, plan.merges, strict=True):
         table.add_row(cluster.id, ", ".join(cluster.members), f"{merge.intent}\n[dim]{cluster.reason}[/dim]")
     console.print(table)
+    for merge in plan.merges:
+        if merge.advice is not None:
+            print_advice(merge.cluster, merge.advice)
     cost = plan.cost
     size = sum(member.size_bytes for member in zoo.members) / 1e9
     console.print(
@@ -39,6 +43,24 @@ def print_plan(plan: Plan, zoo: Zoo) -> None:
     console.print(
         f"needs about {cost.memory_gb:.1f} GB of RAM, {cost.disk_gb:.2f} GB of disk, {_duration(cost.seconds)}"
     )
+
+
+def print_advice(cluster: str, advice: Advice) -> None:
+    """Print what merges of a cluster are predicted to gain."""
+    title = f"{cluster}: {advice.weighed} merges weighed in {advice.seconds:.0f} s, none of them made"
+    table = Table(title=title, title_justify="left")
+    table.add_column("merge")
+    for key in (f"gain over {advice.best}", f"{advice.level:.0%} interval", "chance", "novelty"):
+        table.add_column(key, justify="right")
+    for one in advice.forecasts:
+        table.add_row(
+            f"{one.label} of {', '.join(one.inputs)}",
+            f"{one.gain:+.4f}",
+            f"{one.low:+.4f} to {one.high:+.4f}",
+            f"{one.chance:.2f}",
+            f"{one.novelty:.0%}",
+        )
+    console.print(table)
 
 
 def print_operators(operators: dict[str, Operator]) -> None:

@@ -1,0 +1,275 @@
+"""How good the predictor's choices are, on models it never saw.
+
+    python benchmarks/simmerge/evaluate.py [PART ...] [--corpora FILE ...] [--table FILE]
+
+Parts: pairs (cross-validated by model over the training zoos), scale (trained on all training zoos, of at most 15M
+parameters, judged on merges of the SmolLM2-135M specialists), several (their triples and quadruples), bandit, curve
+(by size of the corpus), ablation (by group of features), noise. By default all. Scores are means over tasks; intervals
+are 95 % bootstrap intervals over pairs. No choice of anything here was made on the specialists' table.
+
+Gap closed: (chosen - best fixed arm) / (oracle - best fixed arm). The best fixed arm is the one with the highest mean
+over all judged pairs, in hindsight; the oracle is the best arm of each pair, in hindsight, so it takes noise for skill:
+`noise` says how much of the gap is left if the oracle chooses on one half of the items and is judged on the other.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from composer.simmerge.corpus import load_corpus, matrix
+from composer.simmerge.features import FEATURES, NAMES
+from composer.simmerge.training import cross_validate, merges_of, train
+
+ROOT = Path(__file__).resolve().parent
+LINEAR, ARITHMETIC = "linear", "task_arithmetic"
+RESAMPLES = 2000
+PARTS = ("pairs", "scale", "several", "noise", "bandit", "curve", "ablation")
+
+
+@dataclass(frozen=True)
+class Board:
+    """Merges of groups of models by arms, `[groups, arms]`; nan where one was not made."""
+
+    groups: list[tuple[str, ...]]
+    arms: list[str]
+    score: np.ndarray
+    """Mean over tasks, as measured."""
+    predicted: np.ndarray
+    """The same, as predicted from what the strongest source of each task scores."""
+    parent: np.ndarray
+    """`[groups]`: what the best single source scores."""
+    halves: np.ndarray
+    """`[2, groups, arms]`: the score on either half of the items."""
+
+
+def board(rows: pd.DataFrame, gain: np.ndarray, *, arms: list[str] | None = None) -> Board:
+    """Lay merges out; `gain` is what is predicted for each row over its strongest source."""
+    strong = np.array([scores[place] for scores, place in zip(rows["source_scores"], rows["strong"], strict=True)])
+    table = rows.assign(
+        predicted=strong + gain, group=[(z, *sorted(h)) for z, h in zip(rows["zoo"], rows["hashes"], strict=True)]
+    )
+    table["odd"] = [np.mean(items[1::2]) for items in rows["items"]]
+    table["even"] = [np.mean(items[::2]) for items in rows["items"]]
+    table["parents"] = [
+        dict(zip(h, s, strict=True)) for h, s in zip(rows["hashes"], rows["source_scores"], strict=True)
+    ]
+    merges = table.groupby(["group", "arm"], sort=True)
+    means = merges[["score", "predicted", "odd", "even"]].mean()
+    groups = sorted({key[0] for key in means.index})
+    arms = arms or sorted({key[1] for key in means.index})
+    grids = {name: np.full((len(groups), len(arms)), np.nan) for name in means}
+    for (group, arm), row in means.iterrows():
+        if arm in arms:
+            for name in means:
+                grids[name][groups.index(group), arms.index(arm)] = row[name]
+    parent = np.zeros(len(groups))
+    for group, part in table.groupby("group"):
+        sums: dict[str, list[float]] = {}
+        for one in part.drop_duplicates("task")["parents"]:
+            for name, value in one.items():
+                sums.setdefault(name, []).append(value)
+        parent[groups.index(group)] = max(np.mean(values) for values in sums.values())
+    return Board(groups, arms, grids["score"], grids["predicted"], parent, np.stack([grids["odd"], grids["even"]]))
+
+
+def judge(one: Board) -> dict[str, object]:
+    """Return how good the predicted choice of an arm is for each group, beside all baselines."""
+    full = ~np.isnan(one.score).any(axis=1)
+    score, predicted, parent = one.score[full], one.predicted[full], one.parent[full]
+    rows = np.arange(len(score))
+    chosen, oracle = score[rows, predicted.argmax(axis=1)], score.max(axis=1)
+    means = score.mean(axis=0)
+    fixed = score[:, means.argmax()]
+    arithmetic = [place for place, arm in enumerate(one.arms) if arm.startswith(ARITHMETIC)]
+    each = {
+        "best single parent": parent,
+        "always linear": score[:, one.arms.index(LINEAR)],
+        "always task arithmetic (best weight in hindsight)": score[:, max(arithmetic, key=lambda a: means[a])],
+        f"best fixed arm in hindsight: {one.arms[means.argmax()]}": fixed,
+        "random arm": score.mean(axis=1),
+        "predicted": chosen,
+        "predicted, or the parent where no gain is predicted": np.where(predicted.max(axis=1) > parent, chosen, parent),
+        "oracle": oracle,
+    }
+    draws = np.random.default_rng(0).integers(0, len(score), size=(RESAMPLES, len(score)))
+
+    def interval(value: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+        return [round(float(x), 3) for x in (value(rows), *np.nanpercentile([value(d) for d in draws], [2.5, 97.5]))]
+
+    linear = each["always linear"]
+    return {
+        "groups": len(score),
+        "mean": {name: round(float(values.mean()), 4) for name, values in each.items()},
+        "gap_closed": interval(lambda d: (chosen[d] - fixed[d]).mean() / max((oracle[d] - fixed[d]).mean(), 1e-9)),
+        "regret_over_linears": interval(
+            lambda d: (oracle[d] - chosen[d]).mean() / max((oracle[d] - linear[d]).mean(), 1e-9)
+        ),
+        "over_linear": interval(lambda d: (chosen[d] - linear[d]).mean()),
+        "rank_correlation": round(float(np.mean([_spearman(a, b) for a, b in zip(score, predicted, strict=True)])), 3),
+    }
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> float:
+    return float(pd.Series(first).corr(pd.Series(second), method="spearman"))
+
+
+def noise(one: Board) -> dict[str, float]:
+    """Return what is left of the oracle's lead if it chooses on one half of the items and is judged on the other."""
+    full = ~np.isnan(one.score).any(axis=1)
+    lead, honest, correlation = [], [], []
+    for choose, test in ((0, 1), (1, 0)):
+        chosen, tested = one.halves[choose][full], one.halves[test][full]
+        fixed = tested[:, chosen.mean(axis=0).argmax()]
+        lead.append((tested.max(axis=1) - fixed).mean())
+        honest.append((tested[np.arange(len(tested)), chosen.argmax(axis=1)] - fixed).mean())
+        correlation.append(np.mean([_spearman(a, b) for a, b in zip(chosen, tested, strict=True)]))
+    return {
+        "oracle_lead": round(float(np.mean(lead)), 4),
+        "honest_lead": round(float(np.mean(honest)), 4),
+        "share_that_half_the_items_can_find": round(float(np.mean(honest) / np.mean(lead)), 3),
+        "rank_correlation_of_halves": round(float(np.mean(correlation)), 3),
+    }
+
+
+def coverage(rows: pd.DataFrame, gain: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """Return the share of rows whose gain lies within its interval."""
+    return round(float(((low <= rows["gain"]) & (rows["gain"] <= high)).mean()), 3)
+
+
+def refusals(one: Board, chance: np.ndarray, risk: float) -> dict[str, object]:
+    """Return how many merges are refused, and how many of those really lose to the better parent."""
+    made = ~np.isnan(one.score)
+    refused = made & (chance < 1 - risk)
+    loses = one.score < one.parent[:, None]
+    return {
+        "risk": risk,
+        "refused": round(float(refused.sum() / made.sum()), 3),
+        "refused_that_lose": round(float(loses[refused].mean()), 3) if refused.any() else None,
+        "made_that_gain": round(float((~loses)[made & ~refused].mean()), 3),
+        "all_that_lose": round(float(loses[made].mean()), 3),
+    }
+
+
+def two(rows: pd.DataFrame, *, labelled: bool = True) -> np.ndarray:
+    """Return which rows are merges of two."""
+    return (rows["hashes"].map(len) == 2).to_numpy() & (rows["labelled"] == labelled).to_numpy()
+
+
+def show(part: str, **values: object) -> None:
+    """Print a result."""
+    print(json.dumps({"part": part, **values}), flush=True)
+
+
+def pairs(rows: pd.DataFrame) -> None:
+    """Judge on pairs of the training zoos, cross-validated by model."""
+    gain = cross_validate(rows)
+    for labelled in (True, False):
+        chosen = two(rows, labelled=labelled) & np.isfinite(gain)
+        show("pairs", labelled=labelled, **judge(board(rows[chosen], gain[chosen])))
+    for zoo in sorted(rows["zoo"].unique()):
+        chosen = two(rows) & np.isfinite(gain) & (rows["zoo"] == zoo).to_numpy()
+        show("pairs", zoo=zoo, **judge(board(rows[chosen], gain[chosen])))
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=PARTS)
+    parser.add_argument("--corpora", nargs="*", type=Path, default=sorted((ROOT / "corpora").glob("*.parquet")))
+    parser.add_argument("--table", type=Path, default=ROOT / "specialists.parquet")
+    options = parser.parse_args()
+    rows = merges_of(load_corpus(options.corpora))
+    if "pairs" in options.parts:
+        pairs(rows)
+    if "noise" in options.parts:
+        chosen = two(rows)
+        show("noise", zoo="training", **noise(board(rows[chosen], np.zeros(chosen.sum()))))
+    if {"scale", "several", "noise", "bandit"} & set(options.parts) and options.table.is_file():
+        specialists(options, rows)
+    if "curve" in options.parts:
+        curve(rows)
+    if "ablation" in options.parts:
+        ablation(rows)
+
+
+def specialists(options: argparse.Namespace, rows: pd.DataFrame) -> None:
+    """Judge on the specialists what was trained on the training zoos."""
+    test = merges_of(load_corpus([options.table]))
+    predictor = train(load_corpus(options.corpora))
+    prediction = predictor.predict([matrix(test)])
+    middle, low, high = (one[:, 0] for one in predictor.interval(prediction, 0.8))
+    for labelled in (True, False):
+        chosen = two(test, labelled=labelled)
+        if "scale" in options.parts:
+            own = board(test[chosen], middle[chosen])
+            show("scale", labelled=labelled, **judge(own))
+            show("scale", labelled=labelled, coverage=coverage(test[chosen], middle[chosen], low[chosen], high[chosen]))
+    chosen = two(test)
+    if "noise" in options.parts:
+        show("noise", zoo="specialists", **noise(board(test[chosen], middle[chosen])))
+    if "several" in options.parts:
+        several(test, middle)
+
+
+def several(test: pd.DataFrame, gain: np.ndarray) -> None:
+    """Judge the choice among all subsets and orders, by its rank among all."""
+    own = test.assign(predicted_gain=gain)[test["labelled"]]
+    own["order"] = own["hashes"].map(tuple)
+    strong = np.array([scores[place] for scores, place in zip(own["source_scores"], own["strong"], strict=True)])
+    own["predicted"] = strong + own["predicted_gain"]
+    plans = own.groupby(["order", "arm"])[["score", "predicted"]].mean()
+    for size in ((2,), (3,), (4,), (3, 4), (2, 3, 4)):
+        part = plans[[len(key[0]) in size for key in plans.index]]
+        if len(part) < 2:
+            continue
+        chosen = part["predicted"].idxmax()
+        rank = float((part["score"] > part.loc[chosen, "score"]).mean())
+        found = part.loc[chosen]
+        show(
+            "several",
+            sizes=size,
+            plans=len(part),
+            chosen=chosen[1],
+            score=round(float(found["score"]), 4),
+            best=round(float(part["score"].max()), 4),
+            mean=round(float(part["score"].mean()), 4),
+            share_that_is_better=round(rank, 3),
+            rank_correlation=round(_spearman(part["score"].to_numpy(), part["predicted"].to_numpy()), 3),
+        )
+
+
+def curve(rows: pd.DataFrame) -> None:
+    """Show how the choice gets better with the size of the corpus."""
+    keys = rows["hashes"].map(lambda one: tuple(sorted(one))).astype(str)
+    every = np.array(sorted(keys.unique()))
+    for share in (0.125, 0.25, 0.5, 1.0):
+        found = []
+        for seed in range(3):
+            kept = set(np.random.default_rng(seed).permutation(every)[: int(share * len(every))])
+            own = rows[keys.isin(kept)].reset_index(drop=True)
+            gain = cross_validate(own)
+            chosen = two(own) & np.isfinite(gain)
+            found.append(judge(board(own[chosen], gain[chosen])))
+        show("curve", share=share, gap_closed=[one["gap_closed"][0] for one in found])  # type: ignore[index]
+
+
+def ablation(rows: pd.DataFrame) -> None:
+    """Show what each group of features is worth."""
+    for group in sorted({one.group for one in FEATURES.values()}):
+        without = rows.copy()
+        for name in NAMES:
+            if FEATURES[name].group == group:
+                without["f_" + name] = np.nan
+        gain = cross_validate(without)
+        chosen = two(without) & np.isfinite(gain)
+        found = judge(board(without[chosen], gain[chosen]))
+        show("ablation", without=group, gap_closed=found["gap_closed"], rank_correlation=found["rank_correlation"])
+
+
+if __name__ == "__main__":
+    main()
