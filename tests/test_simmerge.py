@@ -1,6 +1,7 @@
 """SimMerge: what is foreseen of a merge holds of the merge that is made, and nothing is learnt from what is judged."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,24 +9,36 @@ import pytest
 from safetensors.torch import load_file
 
 from composer.artefacts import Store
+from composer.clustering import Cluster
 from composer.errors import MergeError, PredictorError
 from composer.evaluation.in_process import score_checkpoint
+from composer.evaluation.settings import EvaluateSection
 from composer.evaluation.tasks import Split, load_split, part_of
+from composer.executors import LocalExecutor
 from composer.merging.engine.export import export
 from composer.merging.engine.merge import Merge
 from composer.merging.engine.shelf import Shelf
+from composer.merging.judge import Judge
+from composer.merging.merge import merge_cluster
 from composer.merging.operators import OPERATORS
+from composer.merging.plan import MergeOutcome, MergePlan
+from composer.merging.settings import MergeSection
+from composer.merging.strategies import STRATEGIES
+from composer.merging.trials import TrialLog
+from composer.merging.workbench import Workbench
 from composer.probes import ProbesSection
+from composer.simmerge.advisor import Advisor
 from composer.simmerge.arms import ARMS, Arm, arms_of
 from composer.simmerge.bandit import CONTEXT, Bandit, Policy, context_of, load_bandit, teach
 from composer.simmerge.corpus import load_corpus, matrix
+from composer.simmerge.explanation import draw_explanation, explain_merges
 from composer.simmerge.features import FEATURES, NAMES, VERSION, merge_features
 from composer.simmerge.footprint import Sample, footprint, take_sample
 from composer.simmerge.planner import Planner, _known
 from composer.simmerge.predictor import Predictor
 from composer.simmerge.signals import Signals, gather
 from composer.simmerge.training import _folds, cross_validate, merges_of, train
-from composer.zoo import Checkpoint
+from composer.zoo import Checkpoint, Zoo
 from tests.conftest import QUICKSTART
 
 MEMBERS = ("stories-math", "stories-science", "stories-web", "stories-law")
@@ -377,3 +390,122 @@ def test_parts_of_a_split_do_not_overlap(split: Split) -> None:
         assert set(one.hashes) | set(other.hashes) == set(whole.hashes)
         assert not set(one.hashes) & set(other.hashes)
         assert len(one.hashes) == 4
+
+
+# What is done about it
+
+
+@pytest.fixture
+def predictor_file(predictor: Predictor, tmp_path: Path) -> Path:
+    return predictor.pack(tmp_path / "predictor.json.gz")
+
+
+Run = Callable[..., tuple[MergePlan, MergeOutcome, Workbench]]
+
+
+@pytest.fixture
+def run(quick: dict[str, Checkpoint], shared_store: Store, split: Split, predictor_file: Path, tmp_path: Path) -> Run:
+    """Plan and carry out a strategy on the four fine-tunes; returns plan, outcome and workbench."""
+
+    def act(strategy: str, **settings: object) -> tuple[MergePlan, MergeOutcome, Workbench]:
+        own = {"predictor": str(predictor_file), **settings.pop("simmerge", {})}  # type: ignore[dict-item]
+        section = MergeSection(
+            strategy=strategy, operators=["linear", "task_arithmetic", "slerp"], simmerge=own, **settings
+        )
+        evaluate = EvaluateSection(tasks=["quick_math", "quick_science"], include=str(QUICKSTART / "tasks"))
+        judge = Judge(evaluate, PROBES, shared_store.root, {"proxy": split})
+        advisor = Advisor(quick["stories"], split, PROBES, section, shared_store, LocalExecutor(lambda: judge))
+        kind = STRATEGIES.get(strategy)
+        cluster = Cluster(id="cluster-1", members=MEMBERS, representative=MEMBERS[0], reason="")
+        models = [quick[name] for name in MEMBERS]
+        plan = kind.foresee(kind.plan(cluster, section), advisor.advise(models), section)  # type: ignore[attr-defined]
+        bench = Workbench(
+            zoo=Zoo(members=tuple(models), base=quick["stories"]),
+            cluster="cluster-1",
+            section=section,
+            executor=LocalExecutor(lambda: judge),
+            log=TrialLog(tmp_path / "trials.sqlite"),
+            proxy={items.name: items.hashes for items in split.tasks},
+            fingerprint=split.fingerprint,
+            advise=advisor.advise,
+            memory=tmp_path,
+        )
+        return plan, merge_cluster(plan, bench), bench
+
+    return act
+
+
+def test_only_what_is_predicted_to_gain_is_made(run: Run) -> None:
+    plan, outcome, bench = run("simmerge", margin=0, simmerge={"tries": 2, "risk": 0.9})
+    assert plan.advice is not None
+    assert plan.advice.refused is None
+    assert plan.advice.weighed > 50
+    first = plan.advice.forecasts[0]
+    assert plan.steps[0].inputs == first.inputs
+    assert plan.steps[0].parameters == first.parameters
+    assert first.label in plan.intent
+    assert len(plan.steps) <= 2
+    made = bench.log._base.execute("SELECT count(*) FROM trials").fetchone()[0]
+    assert made <= 2 * len(outcome.trials)
+    assert outcome.failure is None
+    if outcome.result is not None:
+        assert outcome.result.lineage is not None
+        assert set(outcome.merged) | set(outcome.whole) == set(MEMBERS)
+        assert outcome.trials[0].accepted
+
+
+def test_after_a_merge_the_rest_is_looked_at_again(run: Run) -> None:
+    _, outcome, bench = run("simmerge", accept="always", simmerge={"tries": 1, "risk": 0.95, "most": 2})
+    assert outcome.result is not None
+    assert len(outcome.trials) > 1, "what was merged is merged with more"
+    later = outcome.trials[1].step
+    assert any(name in bench.made for name in later.inputs), "the merge itself was observed and weighed"
+    assert len(outcome.merged) > 2
+
+
+def test_what_is_predicted_to_lose_is_refused_and_nothing_is_made(run: Run) -> None:
+    plan, outcome, bench = run("simmerge", simmerge={"risk": 0.001})
+    assert plan.advice is not None
+    assert "merge.simmerge.risk" in str(plan.advice.refused)
+    assert plan.trials == plan.merges == 0
+    assert outcome.result is None
+    assert outcome.whole == MEMBERS
+    assert bench.log._base.execute("SELECT count(*) FROM trials").fetchone()[0] == 0
+
+
+def test_the_bandit_makes_as_many_as_it_is_told_and_remembers(run: Run, tmp_path: Path) -> None:
+    plan, outcome, bench = run("bandit", margin=0, bandit={"rounds": 4})
+    assert plan.advice is not None
+    labels = [one.label for one in plan.advice.forecasts]
+    assert len(labels) == len(set(labels)), "one offer of each arm"
+    assert len(outcome.trials) == 4
+    assert len({json.dumps([t.step.operator, t.step.parameters]) for t in outcome.trials}) == 4
+    known = load_bandit(tmp_path / "bandit.json")
+    assert sum(state.count for state in known.arms.values()) == 4
+    assert sum(trial.accepted for trial in outcome.trials) == (outcome.result is not None)
+    best = max(bench.scores(MEMBERS).values(), key=lambda one: one.mean)
+    if outcome.result is not None:
+        assert max(t.score or 0 for t in outcome.trials if t.accepted) > best.mean
+
+
+def test_a_bandit_without_memory_says_so(run: Run) -> None:
+    plan, _, bench = run("bandit", bandit={"rounds": 1})
+    bench.memory = None
+    assert "a place to remember" in str(merge_cluster(plan, bench).failure)
+
+
+def test_an_explanation_names_what_drives_the_choice(
+    quick: dict[str, Checkpoint], shared_store: Store, split: Split, predictor_file: Path, tmp_path: Path
+) -> None:
+    section = MergeSection(
+        strategy="simmerge", operators=["linear", "ties"], simmerge={"predictor": str(predictor_file)}
+    )
+    advisor = Advisor(quick["stories"], split, PROBES, section, shared_store)
+    found = explain_merges(advisor, [quick["stories-math"], quick["stories-science"]])
+    assert {found.chosen.operator, *(one.operator for one in found.others)} == {"linear", "ties"}
+    effects = [abs(one.effect) for one in found.reasons]
+    assert effects == sorted(effects, reverse=True)
+    assert effects[0] > 0
+    assert found.reasons[0].feature in found.in_words()
+    draw_explanation(found, tmp_path / "why.svg")
+    assert "<svg" in (tmp_path / "why.svg").read_text()
