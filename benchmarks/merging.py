@@ -37,7 +37,7 @@ BASE = "smollm2-135m-instruct"
 NAMES = ("smol-math", "smol-code", "smol-science", "smol-sst2", "smol-agnews")
 ROUNDS = 5
 SAMPLE = 9
-ITEMS = 8
+ITEMS = 24
 CHOICES = "[smol_sst2, smol_agnews, smol_arc_easy]"
 TRIALS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": [0.2 + 0.1 * n, 0.5, 0.3]} for n in range(ROUNDS + 1)],

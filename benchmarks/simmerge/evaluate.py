@@ -214,6 +214,9 @@ def specialists(options: argparse.Namespace, rows: pd.DataFrame) -> None:
         show("noise", zoo="specialists", **noise(board(test[chosen], middle[chosen])))
     if "several" in options.parts:
         several(test, middle)
+    if "bandit" in options.parts:
+        bandits("specialists", test[chosen].reset_index(drop=True), middle[chosen])
+        newcomer("specialists", rows, test[chosen].reset_index(drop=True))
 
 
 def several(test: pd.DataFrame, gain: np.ndarray) -> None:
@@ -241,6 +244,105 @@ def several(test: pd.DataFrame, gain: np.ndarray) -> None:
             share_that_is_better=round(rank, 3),
             rank_correlation=round(_spearman(part["score"].to_numpy(), part["predicted"].to_numpy()), 3),
         )
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What a bandit may choose from: the arms of each group of models."""
+
+    one: Board
+    context: np.ndarray
+    """`[groups, arms, context]`."""
+
+
+def offers(rows: pd.DataFrame, gain: np.ndarray) -> Offers:
+    """Return the offers of groups for which every arm was made."""
+    own = board(rows, gain)
+    full = ~np.isnan(own.score).any(axis=1)
+    groups = [group for group, whole in zip(own.groups, full, strict=True) if whole]
+    contexts = None
+    features = matrix(rows)
+    keys = list(zip(rows["zoo"], rows["hashes"], rows["arm"], strict=True))
+    places: dict[tuple[tuple[str, ...], str], list[int]] = {}
+    for place, (zoo, hashes, arm) in enumerate(keys):
+        places.setdefault(((zoo, *sorted(hashes)), arm), []).append(place)
+    for number, group in enumerate(groups):
+        for arm, label in enumerate(own.arms):
+            found = context_of([features[place : place + 1] for place in places[group, label]])[0]
+            if contexts is None:
+                contexts = np.zeros((len(groups), len(own.arms), len(found)))
+            contexts[number, arm] = found
+    whole = Board(groups, own.arms, own.score[full], own.predicted[full], own.parent[full], own.halves[:, full])
+    return Offers(whole, contexts if contexts is not None else np.zeros((0, 0, 0)))
+
+
+def play(offered: Offers, turns: int, seed: int, policy: str, *, start: bool) -> tuple[np.ndarray, Bandit]:
+    """Return the regret of each turn: a group comes by chance, an arm is chosen, its score is what is learnt from."""
+    generator = np.random.default_rng(seed)
+    bandit, regret, one = Bandit(), np.zeros(turns), offered.one
+    for turn in range(turns):
+        group = int(generator.integers(len(one.groups)))
+        score, parent = one.score[group], one.parent[group]
+        predicted = one.predicted[group] - parent if start else np.zeros(len(one.arms))
+        if policy == "uniform":
+            place = int(generator.integers(len(one.arms)))
+        else:
+            own = offered.context[group]
+            place = bandit.choose(one.arms, own, predicted, policy=policy, seed=seed * 1000 + turn)  # type: ignore[arg-type]
+            bandit = bandit.learnt(
+                one.arms[place], offered.context[group, place], float(predicted[place]), float(score[place] - parent)
+            )
+        regret[turn] = score.max() - score[place]
+    return regret, bandit
+
+
+def bandits(name: str, rows: pd.DataFrame, gain: np.ndarray, turns: int = 100, seeds: int = 20) -> None:
+    """Show the cumulative regret of 100 merges, with and without the predictor to begin with."""
+    offered = offers(rows, gain)
+    for policy, start in (("uniform", False), *((p, s) for p in ("linucb", "thompson") for s in (False, True))):
+        regret = np.array([play(offered, turns, seed, policy, start=start)[0] for seed in range(seeds)])
+        total = regret.sum(axis=1)
+        show(
+            "bandit",
+            zoo=name,
+            policy=policy,
+            from_predictor=start,
+            turns=turns,
+            regret=round(float(total.mean()), 3),
+            interval=[round(float(x), 3) for x in np.percentile(total, [2.5, 97.5])],
+            first_20=round(float(regret[:, :20].mean()), 4),
+            last_20=round(float(regret[:, -20:].mean()), 4),
+        )
+
+
+def newcomer(name: str, rows: pd.DataFrame, test: pd.DataFrame) -> None:
+    """Show how soon a bandit uses an operator as well as a predictor that was trained on it."""
+    for operator in ("ties", "task_arithmetic", "della"):
+        with_it = train_gain(rows, test)
+        without = train_gain(rows[rows["operator"] != operator], test)
+        full, blind = offers(test, with_it), offers(test, without)
+        one = full.one
+        groups = np.arange(len(one.groups))
+        chance = one.score.mean()
+        skill = one.score[groups, one.predicted.argmax(axis=1)].mean() - chance
+        found = {}
+        for turns in (0, 10, 30):
+            values = []
+            for seed in range(10):
+                _, bandit = play(blind, turns, seed, "linucb", start=True)
+                chosen = [
+                    bandit.choose(one.arms, blind.context[g], blind.one.predicted[g] - one.parent[g], exploration=0.0)
+                    for g in groups
+                ]
+                values.append(one.score[groups, chosen].mean() - chance)
+            found[turns] = round(float(np.mean(values) / skill), 3)
+        show("newcomer", zoo=name, operator=operator, share_of_offline_skill_after=found)
+
+
+def train_gain(rows: pd.DataFrame, test: pd.DataFrame) -> np.ndarray:
+    """Return what a predictor trained on some merges says of others."""
+    gain: np.ndarray = train(rows).predict([matrix(test)]).gain[:, 0]
+    return gain
 
 
 def curve(rows: pd.DataFrame) -> None:
