@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from composer.simmerge.bandit import Bandit, context_of
 from composer.simmerge.corpus import load_corpus, matrix
 from composer.simmerge.features import FEATURES, NAMES
 from composer.simmerge.training import cross_validate, merges_of, train
