@@ -8,8 +8,8 @@ override `merge.…` or `evaluate.…`. What each search keeps is scored on the 
 single model and with the uniform average of the five, with 95 % paired bootstrap intervals. Everything that was scored
 is kept in the store, so a run that was stopped goes on.
 
-The README's figure: evolution:task_arithmetic "evaluate.tasks=[smol_sst2,smol_agnews,smol_arc_easy]"
-evaluate.proxy_limit=16 evaluate.held_out_limit=80 merge.evolution.trials=32
+The README's figures: coefficient:task_arithmetic evolution:task_arithmetic merge.dtype=float16 evaluate.proxy_limit=16
+evaluate.held_out_limit=60 merge.evolution.trials=40
 """
 
 import argparse

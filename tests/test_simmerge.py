@@ -39,7 +39,7 @@ from composer.simmerge.predictor import Predictor
 from composer.simmerge.signals import Signals, gather
 from composer.simmerge.training import _folds, cross_validate, merges_of, train
 from composer.zoo import Checkpoint, Zoo
-from tests.conftest import QUICKSTART
+from tests.conftest import QUICKSTART, Cli
 
 MEMBERS = ("stories-math", "stories-science", "stories-web", "stories-law")
 PROBES = ProbesSection(limit=8)
@@ -509,3 +509,59 @@ def test_an_explanation_names_what_drives_the_choice(
     assert found.reasons[0].feature in found.in_words()
     draw_explanation(found, tmp_path / "why.svg")
     assert "<svg" in (tmp_path / "why.svg").read_text()
+
+
+# By the command line
+
+
+@pytest.mark.slow
+def test_a_predictor_is_trained_shown_and_used_by_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "mine.json.gz"
+    trained = cli("simmerge", "train", CORPUS, "--out", out, "--threads", "1")
+    assert trained.returncode == 0, trained.stderr
+    assert "94 merges" in trained.stdout
+    shown = cli("simmerge", "card", "--predictor", out)
+    assert "mean absolute error" in shown.stdout
+    assert json.loads(cli("simmerge", "card", "--predictor", out, "--json").stdout)["rows"] == 564
+    small = ["evaluate.tasks=[quick_math]", "evaluate.proxy_limit=8", "merge.operators=[linear, ties]"]
+    small.append(f"merge.simmerge.predictor={out}")
+    recipe = QUICKSTART.with_suffix(".yaml")
+    models = "stories-math,stories-science"
+    why = cli("simmerge", "explain", recipe, *small, "--models", models, "--plot", tmp_path / "why.png")
+    assert why.returncode == 0, why.stderr
+    assert "what speaks for it and against it" in why.stdout
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+    wrong = cli("simmerge", "explain", recipe, *small, "--models", "stories-math,script-code")
+    assert wrong.returncode == 4
+    assert "cannot be merged" in wrong.stderr
+    unknown = cli("simmerge", "explain", recipe, *small, "--models", "stories-maths,script-code")
+    assert unknown.returncode == 2
+    assert "stories-math" in unknown.stderr
+    alone = cli("simmerge", "explain", recipe, *small, "--models", "stories-math")
+    assert alone.returncode == 4
+    assert "a merge needs two models" in alone.stderr
+    absent = cli("simmerge", "card", "--predictor", tmp_path / "absent.json.gz")
+    assert absent.returncode == 10
+    assert absent.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_collection_that_was_stopped_scores_nothing_again(cli: Cli, tmp_path: Path) -> None:
+    recipe = QUICKSTART.with_suffix(".yaml")
+    small = ["evaluate.tasks=[quick_math]", "evaluate.proxy_limit=8", "merge.operators=[linear]", "probes.limit=4"]
+    store = tmp_path / "store"
+    for pairs, out in ((2, "first.parquet"), (3, "second.parquet")):
+        done = cli("simmerge", "collect", recipe, *small, "--pairs", str(pairs), "--out", tmp_path / out, "--store", store)
+        assert done.returncode == 0, done.stderr
+        assert "left out: script-code" in done.stdout
+    first, second = (load_corpus([tmp_path / name]) for name in ("first.parquet", "second.parquet"))
+    assert len(second) > len(first)
+    log = TrialLog(store / "trials.sqlite")
+    counts = log._base.execute("SELECT count(*), count(DISTINCT time) FROM trials").fetchone()
+    assert counts[0] == len(merges(second)), "each merge was scored once"
+    kept = set(zip(merges(first)["arm"], merges(first)["score"], strict=True))
+    assert kept <= set(zip(merges(second)["arm"], merges(second)["score"], strict=True))
+
+
+def merges(table: object) -> object:
+    return table[(table["arm"] != "single") & table["labelled"]]  # type: ignore[index]
