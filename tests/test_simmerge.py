@@ -551,7 +551,9 @@ def test_a_collection_that_was_stopped_scores_nothing_again(cli: Cli, tmp_path: 
     small = ["evaluate.tasks=[quick_math]", "evaluate.proxy_limit=8", "merge.operators=[linear]", "probes.limit=4"]
     store = tmp_path / "store"
     for pairs, out in ((2, "first.parquet"), (3, "second.parquet")):
-        done = cli("simmerge", "collect", recipe, *small, "--pairs", str(pairs), "--out", tmp_path / out, "--store", store)
+        done = cli(
+            "simmerge", "collect", recipe, *small, "--pairs", str(pairs), "--out", tmp_path / out, "--store", store
+        )
         assert done.returncode == 0, done.stderr
         assert "left out: script-code" in done.stdout
     first, second = (load_corpus([tmp_path / name]) for name in ("first.parquet", "second.parquet"))

@@ -24,6 +24,8 @@ CODE = (
 TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 LONGEST = 400
 """Characters of an answer, at most; what is longer is cut, so that small contexts hold it."""
+HEADLINE = 120
+"""Characters of a piece of news."""
 ASKED = 240
 """The same of what is asked: a corpus is thousands of merges, each scored on all of it."""
 
@@ -72,7 +74,8 @@ def _sst2(learnt: bool) -> Iterator[dict[str, Any]]:
 def _agnews(learnt: bool) -> Iterator[dict[str, Any]]:
     for row in rows("agnews_dev" if learnt else "agnews_test"):
         label = TOPICS.index(row["label"])
-        yield {"text": TOPIC.format(row["sentence"][:LONGEST]), "choices": list(TOPICS), "label": label}
+        # A small model learns a headline's worth of news.
+        yield {"text": TOPIC.format(row["sentence"][:HEADLINE]), "choices": list(TOPICS), "label": label}
 
 
 def _questions(*names: str, cut: bool | None = None) -> Iterator[dict[str, Any]]:
