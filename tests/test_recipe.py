@@ -80,9 +80,9 @@ def test_wrong_type_is_not_converted(recipe: Path) -> None:
 
 
 def test_a_strategy_that_does_not_exist_is_refused(recipe: Path) -> None:
-    message = failure(change(recipe, "strategy: average", "strategy: simmerge"))
-    assert f"{recipe}:10: merge.strategy: there is no strategy 'simmerge'" in message
-    assert "average, coefficient, similarity, evolution, fixed, none" in message
+    message = failure(change(recipe, "strategy: average", "strategy: simmerg"))
+    assert f"{recipe}:10: merge.strategy: there is no strategy 'simmerg'; did you mean 'simmerge'?" in message
+    assert "average, coefficient, similarity, evolution, simmerge, bandit, fixed, none" in message
 
 
 def test_two_models_with_one_id(recipe: Path) -> None:

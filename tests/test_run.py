@@ -264,7 +264,7 @@ def test_an_expert_that_no_prompt_could_find_is_found_in_the_plan(recipe: Path, 
 def test_errors_are_one_line_and_an_exit_code(recipe: Path, cli: Cli) -> None:
     for arguments, code, words in (
         (["run", "absent.yaml"], 2, "there is no such recipe file"),
-        (["validate", str(recipe), "merge.strategy=simmerge"], 2, "there is no strategy 'simmerge'"),
+        (["validate", str(recipe), "merge.strategy=simmerg"], 2, "there is no strategy 'simmerg'"),
         (["run", str(recipe), "--yes", "zoo.models.0.model=/absent"], 3, "model 'math': /absent does not exist"),
         (["plan", str(recipe), "evaluate.tasks=[quick_maths]"], 6, "did you mean 'quick_math'"),
         (["show", "nothing"], 2, "there is no run 'nothing'"),

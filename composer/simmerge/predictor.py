@@ -70,6 +70,11 @@ class Predictor(Value):
         Raises:
             PredictorError: if there is none, or it knows other features than this program.
         """
+        if path == SHIPPED and not path.is_file():
+            raise PredictorError(
+                "this version comes without a predictor; train one ('model-composer simmerge collect' and 'train') and "
+                "name it as merge.simmerge.predictor"
+            )
         try:
             found = cls.model_validate_json(gzip.decompress(path.read_bytes()))
         except (OSError, EOFError, ValueError) as error:
