@@ -12,7 +12,7 @@ from composer.evaluation.statistics import Gain, paired_gain
 from composer.executors import Executor
 from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
 from composer.merging.judge import Bench, Judge, Measured, Portion
-from composer.merging.plan import Advice, MergeStep, Smoke
+from composer.merging.plan import Advice, MergeOutcome, MergePlan, MergeStep, Smoke, Trial
 from composer.merging.trials import TrialLog, joined, within, without
 from composer.progress import Progress, Step, silent
 from composer.zoo import Checkpoint, Zoo
@@ -181,6 +181,33 @@ class Workbench:
         others = [self.checkpoint(name) for name in names]
         [values] = self.executor.map("closeness", [(step, self.inputs(step), self.bench, others)])
         return dict(zip(names, values, strict=True))
+
+    def outcome(
+        self,
+        plan: MergePlan,
+        trials: Sequence[Trial],
+        result: MergeStep | None = None,
+        sources: tuple[str, ...] = (),
+        weights: dict[str, float] | None = None,
+    ) -> MergeOutcome:
+        """Return what became of a cluster.
+
+        Args:
+            plan: The plan for it.
+            trials: What was decided.
+            result: The merge that was kept as its model, if one was.
+            sources: Members that went into it.
+            weights: What each of them counts in it, where it is a weighted sum.
+        """
+        return MergeOutcome(
+            cluster=plan.cluster,
+            result=self.made[result.name] if result else None,
+            merged=sources,
+            whole=tuple(name for name in plan.members if name not in sources),
+            trials=tuple(trials),
+            weights=weights or {},
+            smoke=self.smokes[result.name] if result else None,
+        )
 
     def pays(self, gain: Gain) -> bool:
         """Return whether a gain is enough for a merge to be kept."""

@@ -8,10 +8,11 @@ from composer.errors import MergeError
 from composer.evaluation.statistics import paired_gain
 from composer.merging.plan import Advice, Forecast, MergeOutcome, MergePlan, MergeStep, Trial
 from composer.merging.settings import MergeSection
-from composer.merging.strategies.greedy import decide
-from composer.merging.strategies.growth import flat_weights
-from composer.merging.workbench import Standing, Workbench
+from composer.merging.strategies.greedy import decide, settle
+from composer.merging.strategies.growth import Growth, flat_weights
+from composer.merging.workbench import Workbench
 from composer.simmerge.bandit import load_bandit, teach
+from composer.zoo import Lineage
 
 
 class SimMerge:
@@ -73,16 +74,9 @@ class SimMerge:
             left = [one for one in plan.members if one not in sources[kept.id]]
             reached = {kept.id: winner.scores}
             steps = self._next(kept.id, left, plan, workbench) if left else ()
-        merged = sources[result.name] if result else ()
-        return MergeOutcome(
-            cluster=plan.cluster,
-            result=workbench.checkpoint(result.name) if result else None,
-            merged=merged,
-            whole=tuple(one for one in plan.members if one not in merged),
-            trials=tuple(trials),
-            weights=weights[result.name] if result else {},
-            smoke=workbench.smokes[result.name] if result else None,
-        )
+        if result is None:
+            return workbench.outcome(plan, trials)
+        return workbench.outcome(plan, trials, result, sources[result.name], weights[result.name])
 
     def _next(self, current: str, left: list[str], plan: MergePlan, workbench: Workbench) -> tuple[MergeStep, ...]:
         """Measure the merge so far and return what is predicted to gain if more is merged into it."""
@@ -131,7 +125,7 @@ class BanditMerges:
         best = max(plan.members, key=lambda one: scores[one].mean)
         offers = list(plan.advice.forecasts)
         trials: list[Trial] = []
-        found: list[Standing] = []
+        found: list[Growth] = []
         for number in range(1, min(section.rounds, len(offers)) + 1):
             predicted = [one.gain if section.predictor else 0.0 for one in offers]
             place = load_bandit(path).choose(
@@ -146,40 +140,25 @@ class BanditMerges:
             step = _step(offer, f"{plan.cluster}-{number}")
             standings = workbench.race([step], scores[best], f"round {number}: {offer.label}")
             trial, winner = decide(standings, scores[best], workbench, f"against {best}")
-            trials.append(trial.model_copy(update={"accepted": False}))
-            if winner is not None:
-                found.append(winner)
+            trials.append(trial)
+            if winner is not None and winner.scores is not None:
+                found.append(Growth(operator=step.operator, sources=step.inputs, scores=winner.scores, step=step))
             [standing] = standings
             if standing.scores is not None:
                 gain = paired_gain(standing.scores, scores[best]).mean
                 key = digest([workbench.fingerprint, [one.content_hash for one in workbench.inputs(step)], offer.label])
                 teach(path, key, offer.label, np.array(offer.context), predicted[place], gain)
-        return self._settled(plan, workbench, trials, found)
+        outcome = settle(plan, found, trials, workbench)
+        # Several may gain; the one that is kept is the result.
+        made = outcome.result.lineage if outcome.result else None
+        kept = [one.accepted and made is not None and _made_by(one.step, made) for one in outcome.trials]
+        decided = [one.model_copy(update={"accepted": own}) for one, own in zip(outcome.trials, kept, strict=True)]
+        return outcome.model_copy(update={"trials": tuple(decided)})
 
-    def _settled(
-        self, plan: MergePlan, workbench: Workbench, trials: list[Trial], found: list[Standing]
-    ) -> MergeOutcome:
-        """Write the best that was found, or the next best if it fails the smoke check."""
-        base = workbench.zoo.base.id if workbench.zoo.base else None
-        for one in sorted(found, key=lambda standing: -standing.scores.mean if standing.scores else 0.0):
-            step = one.step.model_copy(update={"name": plan.cluster.replace("cluster", "merged")})
-            place = next(n for n, trial in enumerate(trials) if trial.step == one.step)
-            try:
-                result = workbench.keep(step)
-            except MergeError as error:
-                trials[place] = trials[place].model_copy(update={"reason": str(error)})
-                continue
-            trials[place] = trials[place].model_copy(update={"accepted": True})
-            return MergeOutcome(
-                cluster=plan.cluster,
-                result=result,
-                merged=step.inputs,
-                whole=tuple(name for name in plan.members if name not in step.inputs),
-                trials=tuple(trials),
-                weights=flat_weights(step, {}, base),
-                smoke=workbench.smokes[step.name],
-            )
-        return MergeOutcome(cluster=plan.cluster, result=None, whole=plan.members, trials=tuple(trials))
+
+def _made_by(step: MergeStep, lineage: Lineage) -> bool:
+    given = {key: lineage.parameters[key] for key in step.parameters}
+    return (step.operator, step.inputs, step.parameters) == (lineage.operator, lineage.inputs, given)
 
 
 def _worth_trying(advice: Advice, section: MergeSection) -> list[Forecast]:

@@ -65,16 +65,9 @@ class FixedMerges:
             trials.append(trial)
             if trial.accepted:
                 result = step
-        merged_names = sources[result.name] if result else ()
-        return MergeOutcome(
-            cluster=plan.cluster,
-            result=workbench.checkpoint(result.name) if result else None,
-            merged=merged_names,
-            whole=tuple(name for name in plan.members if name not in merged_names),
-            trials=tuple(trials),
-            weights=weights[result.name] if result else {},
-            smoke=workbench.smokes[result.name] if result else None,
-        )
+        if result is None:
+            return workbench.outcome(plan, trials)
+        return workbench.outcome(plan, trials, result, sources[result.name], weights[result.name])
 
     def _judge(self, step: MergeStep, sources: tuple[str, ...], workbench: Workbench) -> Trial:
         if workbench.section.accept == "always":

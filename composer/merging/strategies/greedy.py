@@ -141,22 +141,14 @@ def settle(plan: MergePlan, found: list[Growth], trials: list[Trial], workbench:
     for growth in sorted(found, key=lambda one: -one.scores.mean):
         step = cast("MergeStep", growth.step).model_copy(update={"name": name})
         try:
-            result = workbench.keep(step)
+            workbench.keep(step)
         except MergeError as error:
             trials.append(Trial(step=step, score=growth.scores.mean, reference=None, accepted=False, reason=str(error)))
             continue
         made: dict[str, dict[str, float]] = {one: {} for one in workbench.made if one != name}
         base = workbench.zoo.base.id if workbench.zoo.base else None
-        return MergeOutcome(
-            cluster=plan.cluster,
-            result=result,
-            merged=growth.sources,
-            whole=tuple(one for one in plan.members if one not in growth.sources),
-            trials=tuple(trials),
-            weights=flat_weights(step, made, base),
-            smoke=workbench.smokes[name],
-        )
-    return MergeOutcome(cluster=plan.cluster, result=None, whole=plan.members, trials=tuple(trials))
+        return workbench.outcome(plan, trials, step, growth.sources, flat_weights(step, made, base))
+    return workbench.outcome(plan, trials)
 
 
 def strategies() -> Iterator[Greedy]:
