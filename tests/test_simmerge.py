@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from composer.artefacts import Store
@@ -33,7 +34,7 @@ from composer.simmerge.bandit import CONTEXT, Bandit, Policy, context_of, load_b
 from composer.simmerge.corpus import load_corpus, matrix
 from composer.simmerge.explanation import draw_explanation, explain_merges
 from composer.simmerge.features import FEATURES, NAMES, VERSION, merge_features
-from composer.simmerge.footprint import Sample, footprint, take_sample
+from composer.simmerge.footprint import Sample, footprint, spectra, take_sample
 from composer.simmerge.planner import Planner, _known
 from composer.simmerge.predictor import Predictor
 from composer.simmerge.signals import Signals, gather
@@ -140,6 +141,8 @@ def test_features_know_no_order_of_the_others(signals: Signals) -> None:
         weights=signals.weights[:, [2, 1, 0, 3]][:, :, [2, 1, 0, 3]],
         size=signals.size,
         signs=signals.signs[[2, 1, 0, 3]][:, [2, 1, 0, 3]],
+        energy=signals.energy[[2, 1, 0, 3]],
+        overlap=signals.overlap[[2, 1, 0, 3]][:, [2, 1, 0, 3]],
         plain=_permuted(signals.plain),
         tasks={name: _permuted(own) for name, own in signals.tasks.items()},
         answers={
@@ -191,6 +194,29 @@ def test_one_model_is_no_cluster(quick: dict[str, Checkpoint], shared_store: Sto
 
 
 # What operators do
+
+
+def test_directions_are_those_of_the_differences(sample: Sample) -> None:
+    energy, overlap = spectra(sample)
+    assert np.diag(overlap) == pytest.approx(np.ones(4))
+    assert np.allclose(overlap, overlap.T)
+    assert ((overlap >= 0) & (overlap <= 1 + 1e-9)).all()
+    base = sample.base
+    assert base is not None
+    line = torch.outer(torch.arange(1.0, 1 + len(base[0])), torch.ones(base[0].shape[1]))
+    one = Sample(tuple((origin + factor * line,) for factor in (0.1, 0.3) for origin in base[:1]), base[:1])
+    energy, overlap = spectra(one)
+    assert energy == pytest.approx(np.ones(2), abs=1e-6)
+
+
+def test_models_that_changed_apart_share_no_direction() -> None:
+    origin = torch.zeros(8, 8)
+    first, second = origin.clone(), origin.clone()
+    first[:, :4] = torch.randn(8, 4)
+    second[:, 4:] = torch.randn(8, 4)
+    _, overlap = spectra(Sample(((first,), (second,), (first * 2,)), (origin,)))
+    assert overlap[0, 1] == pytest.approx(0, abs=1e-9)
+    assert overlap[0, 2] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("arm", [arm for own in ARMS.values() for arm in own], ids=lambda arm: arm.label)

@@ -56,7 +56,12 @@ FEATURES: dict[str, Feature] = {
         "cosine_middle": "the same in the middle third",
         "cosine_late": "the same in the last third",
     }),
-    **_table("weights", "share", {"signs": "share of weights whose differences have one sign"}),
+    **_table("weights", "share", {
+        "signs": "share of weights whose differences have one sign",
+        "energy_strong": "of the strongest's difference that lies in four directions of each matrix (of a sample)",
+        "energy_others": "the same of the others",
+        "overlap": "how far these directions are the same in the strongest and the others",
+    }),
     **_table("weights", "log2", {"length_ratio": "length of the others' difference over the strongest's"}),
     **_table("weights", "log10", {
         "length": "length of the strongest's difference over the origin's norm",
@@ -157,6 +162,9 @@ def merge_features(
     found["agreement"] = _mixed(signals.plain.agreement, strong, others)
     found["alignment"] = _mixed(signals.plain.alignment, strong, others)
     found["signs"] = _mixed(signals.signs, strong, others)
+    found["overlap"] = _mixed(signals.overlap, strong, others)
+    found["energy_strong"] = signals.energy[strong]
+    found["energy_others"] = np.abs(alone) @ signals.energy / np.maximum(np.abs(alone).sum(axis=1), TINY)
     found["task_agreement"] = _mixed(manners.agreement, strong, others)
     found["entropy_strong"] = manners.entropy[strong]
     found["entropy_others"] = alone @ manners.entropy

@@ -28,6 +28,8 @@ TENSORS = 6
 """Tensors of the sample."""
 ELEMENTS = 1 << 15
 """Elements of each, at most: its first rows."""
+DIRECTIONS = 4
+"""Singular directions that two models' differences are compared in."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,30 @@ def _chosen(weights: MappedWeights, layers: int) -> list[str]:
         if layer is not None and kind in ("attention", "mlp") and len(header.shape) == 2 and header.floating:
             chosen.setdefault((kind, min(2, 3 * layer // layers)), name)
     return [chosen[key] for key in sorted(chosen)][:TENSORS]
+
+
+def spectra(sample: Sample) -> "tuple[Array, Array]":
+    """Return how few directions each model's differences from the origin lie in, and how many they share.
+
+    Returns:
+        `[models]`: share of the squared length in the `DIRECTIONS` strongest directions of each matrix's inputs, and
+        `[models, models]`: overlap of these directions, the squared cosines of the angles between them, 0..1; means
+        over the sample's matrices.
+    """
+    import torch
+
+    count = len(sample.models)
+    energy, overlap = np.zeros(count), np.zeros((count, count))
+    places = range(len(sample.models[0]))
+    for place in places:
+        matrices = torch.stack([one[place].double() for one in sample.models])
+        origin = sample.base[place].double() if sample.base is not None else matrices.mean(dim=0)
+        _, lengths, directions = torch.linalg.svd(matrices - origin, full_matrices=False)
+        squares = lengths.square()
+        energy += (squares[:, :DIRECTIONS].sum(dim=1) / squares.sum(dim=1).clamp_min(1e-300)).numpy()
+        strong = directions[:, :DIRECTIONS]
+        overlap += torch.einsum("aic,bjc->abij", strong, strong).square().sum(dim=(2, 3)).numpy() / strong.shape[1]
+    return energy / len(places), overlap / len(places)
 
 
 def footprint(

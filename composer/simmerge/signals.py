@@ -22,6 +22,7 @@ from composer.probes import Behaviour, ProbesSection, compare_records, load_text
 from composer.progress import Progress, Step, silent
 from composer.similarity.moments import Moments, MomentsCache
 from composer.similarity.streamed import measure
+from composer.simmerge.footprint import spectra, take_sample
 from composer.zoo import Checkpoint
 from composer.zoo.kinds import kind_of, layer_of
 
@@ -64,6 +65,8 @@ class Signals:
         weights: `[bands, models, models]`: inner products of weight differences from the origin.
         size: Norm of the origin's weights in all bands.
         signs: `[models, models]`: share of weights whose differences from the origin have one sign.
+        energy: `[models]`: share of a difference's squared length in its strongest directions.
+        overlap: `[models, models]`: how far these directions are the same, 0..1.
         plain: Behaviour on the probe texts, which belong to no task.
         tasks: Behaviour on each task's own prompts.
         answers: Answers of the origin, then of each model, to the items of each task that has choices or likelihoods.
@@ -74,6 +77,8 @@ class Signals:
     weights: "Array"
     size: float
     signs: "Array"
+    energy: "Array"
+    overlap: "Array"
     plain: Manners
     tasks: dict[str, Manners]
     answers: dict[str, AnswerTable]
@@ -133,6 +138,7 @@ def gather(
     cache = MomentsCache(store)
     measure(list(models), base, cache, columns=False, progress=progress)
     weights, size, signs = _weights(models, base, cache)
+    energy, overlap = spectra(take_sample(models, base))
     manners = {
         name: _manners([(one, record_probes(one, texts, store)) for one in everyone], base is not None, store)
         for name, texts in _texts(split, probes).items()
@@ -154,6 +160,8 @@ def gather(
         weights=weights,
         size=size,
         signs=signs,
+        energy=energy,
+        overlap=overlap,
         plain=manners.pop(""),
         tasks=manners,
         answers=answers,
