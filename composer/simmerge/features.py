@@ -150,7 +150,7 @@ def merge_features(
         "part_strong": part_strong,
         "part_others": part_others,
         "residual": residual,
-        "sources": np.log2(inside.sum(axis=1)),
+        "sources": np.log2(np.maximum(inside.sum(axis=1), 1)),
     }
     found |= _of_weights(signals, parts, one, alone)
     plain = _of_behaviour(signals.plain.gram, parts, one, alone)
@@ -194,14 +194,19 @@ def _strength(signals: Signals, task: str, labelled: bool) -> "Array":
     return moved
 
 
+def _dots(gram: "Array", first: "Array", second: "Array") -> "Array":
+    """Return inner products of pairs of blends, `[merges]`."""
+    found: Array = ((first @ gram) * second).sum(axis=1)
+    return found
+
+
 def _squared(gram: "Array", vectors: "Array") -> "Array":
-    found: Array = np.einsum("pi,ij,pj->p", vectors, gram, vectors)
-    return np.maximum(found, 0.0)
+    return np.maximum(_dots(gram, vectors, vectors), 0.0)
 
 
 def _cosine(gram: "Array", first: "Array", second: "Array") -> "Array":
     lengths = np.sqrt(_squared(gram, first) * _squared(gram, second))
-    dots = np.einsum("pi,ij,pj->p", first, gram, second)
+    dots = _dots(gram, first, second)
     found: Array = np.where(lengths > TINY**2, np.clip(dots / np.maximum(lengths, TINY**2), -1, 1), np.nan)
     return found
 

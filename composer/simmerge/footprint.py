@@ -6,7 +6,7 @@ operator, so one that was never trained on is predicted by what it does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,8 @@ class Sample:
     models: "tuple[tuple[torch.Tensor, ...], ...]"
     """By model, the tensors `[rows, columns]`."""
     base: "tuple[torch.Tensor, ...] | None"
+    memo: Memo = field(default_factory=Memo)
+    """What operators remember of each model's rows."""
 
 
 def take_sample(models: Sequence[Checkpoint], base: Checkpoint | None) -> Sample:
@@ -146,8 +148,8 @@ def footprint(
                 inputs=tuple(tensor.reshape(-1) for tensor in inputs),
                 base=base.reshape(-1) if base is not None and wants_base else None,
                 values=resolved,
-                hashes=tuple(map(str, range(count + 1))),
-                memo=Memo(),
+                hashes=(*map(str, sources), "base"),
+                memo=sample.memo,
                 drawn={},
             )
             try:

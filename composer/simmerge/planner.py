@@ -22,9 +22,11 @@ EXACT = 6
 """Models up to which every subset is weighed."""
 BEAM = 8
 """Subsets that are carried on, beyond that."""
+LARGEST = 10
+"""Sources of a merge, at most, in a beam search that no other bound is given for."""
 PATIENCE = 2
 """Sizes without a better merge after which a search ends."""
-FINALISTS = 12
+FINALISTS = 6
 """Subsets that are weighed by every arm after a beam search."""
 ORDERED = 4
 """Sources up to which every order is weighed, where order makes a difference; beyond, the best model first."""
@@ -88,7 +90,7 @@ class Planner:
             most: Sources of a merge, at most.
         """
         count = len(self.signals.ids)
-        most = min(count, most or count)
+        most = min(count, most or (count if count <= EXACT else LARGEST))
         if count <= EXACT:
             subsets = [one for size in range(2, most + 1) for one in combinations(range(count), size)]
             return self._sorted(self.weigh(self._plans(subsets, arms)))
