@@ -39,8 +39,8 @@ from composer.simmerge.planner import Planner, _known
 from composer.simmerge.predictor import Predictor
 from composer.simmerge.signals import Signals, gather
 from composer.simmerge.training import _folds, cross_validate, merges_of, train
-from composer.zoo import Checkpoint, Zoo
-from tests.conftest import QUICKSTART, Cli
+from composer.zoo import Checkpoint, Zoo, inspect_checkpoint
+from tests.conftest import MODELS, QUICKSTART, Cli
 
 MEMBERS = ("stories-math", "stories-science", "stories-web", "stories-law")
 PROBES = ProbesSection(limit=8)
@@ -186,6 +186,41 @@ def test_without_a_base_models_are_seen_from_their_mean(
     own, rest = footprint("linear", {"weight": [0.3, 0.7]}, (0, 1), take_sample([quick[n] for n in MEMBERS[:3]], None))
     assert own == pytest.approx([0.3, 0.7], abs=1e-4)
     assert rest == pytest.approx(0, abs=1e-3)
+
+
+def test_two_models_without_a_base_have_a_length(
+    quick: dict[str, Checkpoint], shared_store: Store, split: Split
+) -> None:
+    first, second = quick["stories-math"], quick["stories-web"]
+    found = gather([first, second], None, split, PROBES, shared_store)
+    one, two = (load_file(Path(model.path) / "model.safetensors") for model in (first, second))
+    names = [name for name in one if "self_attn" in name or "mlp" in name]
+    square = sum(float((one[name].double() - two[name].double()).square().sum()) for name in names)
+    whole = found.weights.sum(axis=0)
+    assert whole == pytest.approx(np.array([[1, -1], [-1, 1]]) * square / 4, rel=1e-4), (
+        "each is half the way from the mean"
+    )
+
+
+def test_the_base_may_be_one_of_the_models(quick: dict[str, Checkpoint], shared_store: Store, split: Split) -> None:
+    names = ("stories", "stories-math", "stories-web")
+    found = gather([quick[name] for name in names], quick["stories"], split, PROBES, shared_store)
+    without = gather([quick[name] for name in names[1:]], quick["stories"], split, PROBES, shared_store)
+    assert found.weights[:, 0].sum() == 0, "it does not differ from itself"
+    assert np.allclose(found.weights[:, 1:, 1:], without.weights, rtol=1e-6)
+    assert found.plain.gram[0] == pytest.approx(0, abs=1e-6)
+    features, _ = merge_features(found, "quick_math", parts_of(0.5, 0.5, 0), np.zeros(1))
+    assert np.isfinite(features[0][NAMES.index("imagined")])
+
+
+def test_a_base_of_another_family_is_none(
+    quick: dict[str, Checkpoint], shared_store: Store, split: Split, predictor_file: Path
+) -> None:
+    section = MergeSection(strategy="simmerge", simmerge={"predictor": str(predictor_file)})
+    script = [inspect_checkpoint(name, MODELS / name, shared_store) for name in ("script-code", "script-play")]
+    advice = Advisor(quick["stories"], split, PROBES, section, shared_store).advise(script)
+    assert advice.forecasts
+    assert all(OPERATORS.get(one.operator).start != "base" for one in advice.forecasts)
 
 
 def test_one_model_is_no_cluster(quick: dict[str, Checkpoint], shared_store: Store, split: Split) -> None:

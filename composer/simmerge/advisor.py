@@ -14,6 +14,7 @@ from composer.merging.plan import Advice, Forecast
 from composer.merging.settings import MergeSection
 from composer.probes import ProbesSection
 from composer.progress import Progress, Step, silent
+from composer.similarity.gate import difference
 from composer.simmerge.arms import ARMS, Arm, arms_of
 from composer.simmerge.bandit import context_of
 from composer.simmerge.footprint import take_sample
@@ -54,7 +55,7 @@ class Advisor:
         """
         began = time.monotonic()
         planner = self.planner(models)
-        found = planner.search(self.arms(), self.section.simmerge.most)
+        found = planner.search(self.arms(based=planner.signals.based), self.section.simmerge.most)
         if including is not None:
             place = planner.signals.ids.index(including)
             found = [one for one in found if place in one.sources]
@@ -96,28 +97,33 @@ class Advisor:
     def planner(self, models: Sequence[Checkpoint]) -> Planner:
         """Observe models and return what weighs their merges."""
         own = self.section.simmerge
-        for one in [*models, *([self.base] if self.base else [])]:
+        # A zoo of several families has one base, which is of one of them.
+        base = self.base if self.base is not None and difference(self.base, models[0]) is None else None
+        everyone = [*models, *([base] if base else [])]
+        for one in everyone:
             make_whole(one, self.store, self.progress)
         predictor = Predictor.unpack(Path(own.predictor) if own.predictor else SHIPPED)
         if self.executor is not None:
-            everyone = [*models, *([self.base] if self.base else [])]
             calls = [(one,) for one in everyone]
             for done, _ in enumerate(self.executor.map("observe", calls), start=1):
                 name = everyone[done - 1].id
                 self.progress(Step(stage="plan", message=f"observed {name}", done=done, total=len(everyone)))
-        signals = gather(models, self.base, self.split, self.probes, self.store, self.progress)
+        signals = gather(models, base, self.split, self.probes, self.store, self.progress)
         return Planner(
             signals=signals,
-            sample=take_sample(models, self.base),
+            sample=take_sample(models, base),
             predictor=predictor,
             tasks=[items.name for items in self.split.tasks],
             labelled=own.labels,
         )
 
-    def arms(self) -> list[Arm]:
-        """Return the ways of merging that are weighed: the recipe's operators, or by default all that are known."""
+    def arms(self, *, based: bool) -> list[Arm]:
+        """Return the ways of merging that are weighed: the recipe's operators, or by default all that are known.
+
+        Args:
+            based: Whether there is a base for task vectors.
+        """
         given = self.section.operators if "operators" in self.section.model_fields_set else list(ARMS)
-        based = self.base is not None
         return arms_of([name for name in given if based or OPERATORS.get(name).start != "base"])
 
 

@@ -75,7 +75,9 @@ def explain_merges(advisor: Advisor, models: Sequence[Checkpoint]) -> Explanatio
         MergeError: if no operator takes them.
     """
     planner = advisor.planner(models)
-    everyone = [one for one in planner.search(advisor.arms()) if len(one.sources) == len(models)]
+    everyone = [
+        one for one in planner.search(advisor.arms(based=planner.signals.based)) if len(one.sources) == len(models)
+    ]
     if not everyone:
         raise MergeError(f"no operator takes {', '.join(one.id for one in models)} together")
     ways: dict[str, Weighed] = {}

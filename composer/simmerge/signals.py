@@ -8,6 +8,7 @@ squared length (in the Fisher metric). So what holds of the models holds, by alg
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from composer.progress import Progress, Step, silent
 from composer.similarity.moments import Moments, MomentsCache
 from composer.similarity.streamed import measure
 from composer.simmerge.footprint import spectra, take_sample
-from composer.zoo import Checkpoint
+from composer.zoo import Checkpoint, open_weights, read_blocks
 from composer.zoo.kinds import kind_of, layer_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ PROMPTS = 8
 """Prompts of a task that models are compared on."""
 TEXTS = 16
 """Probe texts that they are compared on besides, at most."""
-ENOUGH = 1e-12
+BLOCK = 1 << 20
+"""Elements read at a time."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def gather(
         observe(one, split, probes, store)
         progress(Step(stage="plan", message=f"observed {one.id}", done=done, total=len(everyone)))
     cache = MomentsCache(store)
-    measure(list(models), base, cache, columns=False, progress=progress)
+    measure(list(models), base or models[0], cache, columns=False, progress=progress)
     weights, size, signs = _weights(models, base, cache)
     energy, overlap = spectra(take_sample(models, base))
     manners = {
@@ -177,46 +179,59 @@ def _texts(split: Split, probes: ProbesSection) -> dict[str, tuple[str, ...]]:
 def _weights(
     models: Sequence[Checkpoint], base: Checkpoint | None, cache: MomentsCache
 ) -> tuple["Array", float, "Array"]:
-    """Return inner products by band, the origin's norm, and the agreement of signs."""
+    """Return inner products by band, the origin's norm, and the agreement of signs.
+
+    Fine-tunes differ in the third decimal, so their differences are multiplied, never the weights themselves: without
+    a base, those from the first model, which are then seen from the mean.
+    """
     count = len(models)
-    grams, signs = np.zeros((len(BANDS), count, count)), np.eye(count)
-    origin = base.content_hash if base else None
-    size = 0.0
-    for (i, first), (j, second) in combinations(enumerate(models), 2):
-        moments = cache.load(first.content_hash, second.content_hash, origin, columns=False)
+    grams, signs = np.zeros((len(BANDS), count, count)), np.full((count, count), 0.5)
+    origin = base or models[0]
+    others = [place for place, one in enumerate(models) if one.content_hash != origin.content_hash]
+    for i, j in combinations(others, 2):
+        moments = cache.load(models[i].content_hash, models[j].content_hash, origin.content_hash, columns=False)
         if moments is None:
-            raise MergeError(f"'{first.id}' and '{second.id}' cannot be compared by their weights")
-        dots, firsts, seconds = _by_band(moments, first.layers or 1)
+            raise MergeError(f"'{models[i].id}' and '{models[j].id}' cannot be compared by their weights")
+        dots, firsts, seconds = _by_band(moments, models[i].layers or 1)
         grams[:, i, j] = grams[:, j, i] = dots
         grams[:, i, i], grams[:, j, j] = firsts, seconds
-        agreement = moments.sign_agreement(("attention", "mlp"))
-        signs[i, j] = signs[j, i] = np.nan if agreement is None else agreement
-    if base is not None:
-        plain = cache.load(models[0].content_hash, base.content_hash, None, columns=False)
-        size = 0.0 if plain is None else float(np.sqrt(_by_band(plain, base.layers or 1)[2].sum()))
-    else:
-        size = float(np.sqrt(grams.sum(axis=0).mean()))  # the norm of the mean
-        grams = _centred(grams)
+        signs[i, j] = signs[j, i] = moments.sign_agreement(("attention", "mlp")) or 0.0
+    if len(others) == 1:
+        grams[:, others[0], others[0]] = _squares(models[others[0]], origin)
+    plain = cache.load(models[others[0]].content_hash, origin.content_hash, None, columns=False) if others else None
+    size = 0.0 if plain is None else float(np.sqrt(_by_band(plain, origin.layers or 1)[2].sum()))
+    if base is None:
+        centre = np.eye(count) - 1 / count
+        grams = centre @ grams @ centre
     return grams, size, signs
+
+
+def _squares(model: Checkpoint, origin: Checkpoint) -> "Array":
+    """Return the squared length of one model's difference from another, by band."""
+    theirs, ours = (open_weights(one.source, Path(one.home)) for one in (origin, model))
+    squares = np.zeros(len(BANDS))
+    for name, header in ours.headers.items():
+        band = _band(name, model.layers or 1)
+        if band is not None and header.floating:
+            blocks = zip(read_blocks(ours, name, BLOCK), read_blocks(theirs, name, BLOCK), strict=True)
+            squares[band] += sum(float((one.double() - other.double()).square().sum()) for one, other in blocks)
+    return squares
+
+
+def _band(name: str, layers: int) -> int | None:
+    layer, kind = layer_of(name), kind_of(name)
+    if layer is None or kind not in ("attention", "mlp"):
+        return None
+    return BANDS.index(f"{kind}.{('early', 'middle', 'late')[min(2, 3 * layer // layers)]}")
 
 
 def _by_band(moments: Moments, layers: int) -> tuple["Array", "Array", "Array"]:
     sums = np.zeros((3, len(BANDS)))
     for place, name in enumerate(moments.names):
-        layer, kind = layer_of(name), kind_of(name)
-        if layer is None or kind not in ("attention", "mlp"):
-            continue
-        band = BANDS.index(f"{kind}.{('early', 'middle', 'late')[min(2, 3 * layer // layers)]}")
-        sums[:, band] += moments.dots[place], moments.first_squares[place], moments.second_squares[place]
+        band = _band(name, layers)
+        if band is not None:
+            sums[:, band] += moments.dots[place], moments.first_squares[place], moments.second_squares[place]
     return sums[0], sums[1], sums[2]
-
-
-def _centred(grams: "Array") -> "Array":
-    """Return inner products of differences from the mean, from those of the models themselves."""
-    count = grams.shape[-1]
-    centre = np.eye(count) - 1 / count
-    found: Array = centre @ grams @ centre
-    return found
 
 
 def _manners(members: list[tuple[Checkpoint, "object"]], based: bool, store: Store) -> Manners:
