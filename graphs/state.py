@@ -100,7 +100,13 @@ class Session:
         """Return what predicts merges of the zoo's models."""
         recipe = self.run.recipe
         return Advisor(
-            zoo.base, self.split("proxy"), recipe.probes, recipe.merge, self.run.store, self.executor, progress
+            base=zoo.base,
+            split=self.split("proxy"),
+            probes=recipe.probes,
+            section=recipe.merge,
+            store=self.run.store,
+            executor=lambda: self.executor,  # a cluster is not joined before something is to be done
+            progress=progress,
         )
 
     def rest(self) -> None:

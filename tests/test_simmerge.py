@@ -475,7 +475,8 @@ def run(quick: dict[str, Checkpoint], shared_store: Store, split: Split, predict
         )
         evaluate = EvaluateSection(tasks=["quick_math", "quick_science"], include=str(QUICKSTART / "tasks"))
         judge = Judge(evaluate, PROBES, shared_store.root, {"proxy": split})
-        advisor = Advisor(quick["stories"], split, PROBES, section, shared_store, LocalExecutor(lambda: judge))
+        executor = LocalExecutor(lambda: judge)
+        advisor = Advisor(quick["stories"], split, PROBES, section, shared_store, lambda: executor)
         kind = STRATEGIES.get(strategy)
         cluster = Cluster(id="cluster-1", members=MEMBERS, representative=MEMBERS[0], reason="")
         models = [quick[name] for name in MEMBERS]

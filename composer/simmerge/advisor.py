@@ -1,7 +1,7 @@
 """The advisor: observes models once each and says which merges of them are worth making."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,8 @@ class Advisor:
     probes: ProbesSection
     section: MergeSection
     store: Store
-    executor: Executor[Judge] | None = None
-    """Observes models; by default this process does."""
+    executor: Callable[[], Executor[Judge]] | None = None
+    """Gives what observes models, when that is first needed; by default this process does."""
     progress: Progress = silent
 
     def advise(self, models: Sequence[Checkpoint], including: str | None = None) -> Advice:
@@ -105,7 +105,7 @@ class Advisor:
         predictor = Predictor.unpack(Path(own.predictor) if own.predictor else SHIPPED)
         if self.executor is not None:
             calls = [(one,) for one in everyone]
-            for done, _ in enumerate(self.executor.map("observe", calls), start=1):
+            for done, _ in enumerate(self.executor().map("observe", calls), start=1):
                 name = everyone[done - 1].id
                 self.progress(Step(stage="plan", message=f"observed {name}", done=done, total=len(everyone)))
         signals = gather(models, base, self.split, self.probes, self.store, self.progress)
