@@ -11,7 +11,6 @@ whose likelihoods are far less noisy than accuracies. About 20 s a merge on 2 co
 import argparse
 import os
 import sys
-from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -60,12 +59,7 @@ def candidates() -> list[Candidate]:
 
 def first(split: Split, counts: dict[str, int]) -> Split:
     """Return the first items of each task by their hash."""
-    parts = []
-    for items in split.tasks:
-        chosen = set(sorted(items.hashes)[: counts[items.name]])
-        kept = [(i, item) for i, item in zip(items.indices, items.hashes, strict=True) if item in chosen]
-        parts.append(replace(items, indices=tuple(i for i, _ in kept), hashes=tuple(item for _, item in kept)))
-    return Split(split.name, tuple(parts))
+    return Split(split.name, tuple(one.only(sorted(one.hashes)[: counts[one.name]]) for one in split.tasks))
 
 
 def show(step: Step) -> None:

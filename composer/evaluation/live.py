@@ -4,7 +4,6 @@ The scores are those of lm-eval's transformers model. Time is saved where they c
 tokenised once, a context is read once for all its choices, logits are computed only where a choice stands.
 """
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from inspect import signature
@@ -106,8 +105,7 @@ def prompts(split: Split, limit: int) -> dict[str, tuple[str, ...]]:
     """Return what the first items of each task ask, by task, without what is to be answered; no labels are read."""
     found = {}
     for items in split.tasks:
-        first = dataclasses.replace(items, indices=items.indices[:limit], hashes=items.hashes[:limit])
-        asked = [own[0].args for own in _requests(first).values()]
+        asked = [own[0].args for own in _requests(items.only(items.hashes[:limit])).values()]
         # Without a context it is the text itself that is predicted.
         found[items.name] = tuple(str(one[0] or one[1]) for one in asked)
     return found

@@ -4,6 +4,7 @@ A task that has validation and test splits gives them as proxy and held-out. Whe
 each item falls on one side by a hash of its content, so position and order never matter.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -33,6 +34,12 @@ class Items:
     def name(self) -> str:
         """The task's name."""
         return str(self.task.config.task)
+
+    def only(self, chosen: Collection[str]) -> "Items":
+        """Return those of the items that have one of some hashes."""
+        kept = [place for place, item in enumerate(self.hashes) if item in chosen]
+        indices = tuple(self.indices[place] for place in kept)
+        return replace(self, indices=indices, hashes=tuple(self.hashes[place] for place in kept))
 
     @property
     def fingerprint(self) -> str:
@@ -119,9 +126,7 @@ def part_of(split: Split, start: float, stop: float) -> Split:
         chosen = set(ranked[round(start * len(ranked)) : round(stop * len(ranked))])
         if not chosen:
             raise EvaluationError(f"task '{items.name}' has too few items, {len(ranked)}, to take a part of them")
-        kept = [(index, item) for index, item in zip(items.indices, items.hashes, strict=True) if item in chosen]
-        indices, hashes = zip(*kept, strict=True)
-        parts.append(replace(items, indices=indices, hashes=hashes))
+        parts.append(items.only(chosen))
     return Split(split.name, tuple(parts))
 
 

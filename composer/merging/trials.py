@@ -7,12 +7,16 @@ killed goes the same way again, through what is known, to where it was.
 import json
 import sqlite3
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from composer.errors import disk_errors
+from composer.artefacts import digest
+from composer.errors import MergeError, disk_errors
 from composer.evaluation.scores import Scores, TaskScore
-from composer.merging.judge import Measured, Portion
+from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
+from composer.merging.judge import Bench, Measured, Portion
 from composer.merging.plan import MergeStep
+from composer.zoo import Checkpoint
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS trials (
@@ -25,6 +29,24 @@ CREATE TABLE IF NOT EXISTS trials (
     scores TEXT                -- items and their values, as JSON
 )
 """
+
+
+def trial_key(step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, fingerprint: str) -> str:
+    """Return what a candidate is known by: the merge and the items it is scored on.
+
+    Args:
+        step: The candidate.
+        inputs: Its inputs, in order.
+        bench: What it has in common with others.
+        fingerprint: Hash of the items and their tasks.
+    """
+    try:
+        lineage = lineage_of(step, inputs, bench.base, bench.seed, bench.texts)
+    except MergeError as error:  # cannot be made: known by what is wrong with it
+        return digest(["refused", str(error), [one.content_hash for one in inputs], fingerprint])
+    models = [*inputs, *([bench.base] if bench.base is not None and lineage.base else [])]
+    tokenizer = bench.tokenizer if vocabularies_differ(models) else None
+    return digest([merge_key(lineage, dtype_of(bench.dtype, inputs), tokenizer), fingerprint])
 
 
 class TrialLog:

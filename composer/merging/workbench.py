@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composer.artefacts import digest
 from composer.errors import MergeError
 from composer.evaluation.scores import Scores
 from composer.evaluation.statistics import Gain, paired_gain
 from composer.executors import Executor
-from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
 from composer.merging.judge import Bench, Judge, Measured, Portion
 from composer.merging.plan import Advice, MergeOutcome, MergePlan, MergeStep, Smoke, Trial
-from composer.merging.trials import TrialLog, joined, within, without
+from composer.merging.trials import TrialLog, joined, trial_key, within, without
 from composer.progress import Progress, Step, silent
 from composer.zoo import Checkpoint, Zoo
 
@@ -151,14 +149,7 @@ class Workbench:
         return tuple(share for share in SHARES if share == 1 or share * fewest >= LEAST_ITEMS)
 
     def _key(self, step: MergeStep) -> str:
-        inputs, bench = self.inputs(step), self.bench
-        try:
-            lineage = lineage_of(step, inputs, bench.base, bench.seed, bench.texts)
-        except MergeError as error:  # cannot be made: known by what is wrong with it
-            return digest(["refused", str(error), [one.content_hash for one in inputs], self.fingerprint])
-        models = [*inputs, *([bench.base] if bench.base is not None and lineage.base else [])]
-        tokenizer = bench.tokenizer if vocabularies_differ(models) else None
-        return digest([merge_key(lineage, dtype_of(bench.dtype, inputs), tokenizer), self.fingerprint])
+        return trial_key(step, self.inputs(step), self.bench, self.fingerprint)
 
     def keep(self, step: MergeStep) -> Checkpoint:
         """Write a candidate as a checkpoint and check that it works.

@@ -14,15 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from composer.artefacts import Store, digest
-from composer.errors import MergeError
+from composer.artefacts import Store
 from composer.evaluation.scores import Scores
 from composer.evaluation.tasks import Split
 from composer.executors import Executor
-from composer.merging.engine.merge import lineage_of, merge_key
 from composer.merging.judge import Bench, Judge
 from composer.merging.plan import MergeStep
-from composer.merging.trials import TrialLog
+from composer.merging.trials import TrialLog, trial_key
 from composer.probes import ProbesSection
 from composer.progress import Progress, Step, silent
 from composer.simmerge.arms import Arm
@@ -121,7 +119,10 @@ def collect(
     log = TrialLog(store.root / "trials.sqlite")
     found: dict[int, Scores] = {}
     try:
-        keys = [_key(one, models, bench, labels) for one in candidates]
+        keys = [
+            trial_key(one.step, [models[place] for place in one.sources], bench, labels.fingerprint)
+            for one in candidates
+        ]
         missing = [place for place, key in enumerate(keys) if log.get(key) is None]
         for start in range(0, len(missing), TOGETHER):
             turn = missing[start : start + TOGETHER]
@@ -139,15 +140,6 @@ def collect(
     rows = _rows(name, models, base, candidates, found, scores, known, labels, probes, store, seed, progress)
     save_corpus(rows, out)
     return len(rows)
-
-
-def _key(one: Candidate, models: Sequence[Checkpoint], bench: Bench, labels: Split) -> str:
-    inputs = [models[place] for place in one.sources]
-    try:
-        lineage = lineage_of(one.step, inputs, bench.base, bench.seed)
-    except MergeError as error:
-        return digest(["refused", str(error), [model.content_hash for model in inputs], labels.fingerprint])
-    return digest([merge_key(lineage, bench.dtype or "", None), labels.fingerprint])
 
 
 def _rows(

@@ -40,7 +40,7 @@ class Row:
     task: str
     metric: str
     score: float
-    """Of the merge on the items that labels come from; nan if it failed."""
+    """Of the merge on the items that labels come from; a merge that failed has no row."""
     items: tuple[float, ...]
     """The same, item by item, in one order for all rows of a zoo and task."""
     source_scores: tuple[float, ...]

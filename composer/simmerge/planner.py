@@ -9,6 +9,8 @@ import numpy as np
 
 from composer.errors import MergeError
 from composer.merging.operators import OPERATORS
+from composer.merging.plan import MergeStep
+from composer.merging.strategies.growth import flat_weights
 from composer.simmerge.arms import Arm
 from composer.simmerge.features import merge_features
 from composer.simmerge.footprint import Sample, footprint
@@ -228,14 +230,9 @@ def _known(sources: tuple[int, ...], arm: Arm, *, based: bool) -> "tuple[Array, 
         MergeError: if the operator does not take these inputs.
     """
     operator = OPERATORS.get(arm.operator)
-    if not operator.linear:
-        return None
-    if operator.start == "base" and not based:
+    if operator.linear and operator.start == "base" and not based:
         raise MergeError(f"operator '{arm.operator}' works on task vectors; set zoo.base in the recipe")
-    values = operator.resolve(arm.operator, len(sources), arm.parameters(len(sources)))
-    given = values["weight"]
-    weights = np.array(given if isinstance(given, list) else [given] * len(sources), dtype=np.float64)
-    if values["normalize"]:
-        weights = weights / weights.sum()
-    scale = values.get("lambda", 1.0)
-    return weights * float(scale if not isinstance(scale, list) else 1.0), 0.0
+    names = tuple(map(str, sources))
+    step = MergeStep(name="sum", operator=arm.operator, inputs=names, parameters=arm.parameters(len(sources)))
+    flat = flat_weights(step, {}, None)
+    return (np.array([flat[name] for name in names]), 0.0) if flat else None

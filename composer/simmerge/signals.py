@@ -85,10 +85,6 @@ class Signals:
     tasks: dict[str, Manners]
     answers: dict[str, AnswerTable]
 
-    def place(self, name: str) -> int:
-        """Return a model's number."""
-        return self.ids.index(name)
-
     def scores(self, task: str) -> "Array":
         """Return what the origin and each model score on a task's items, `[1 + models]`; nan if that is not known."""
         table = self.answers.get(task)
@@ -105,8 +101,14 @@ def observe(checkpoint: Checkpoint, split: Split, probes: ProbesSection, store: 
         ZooError: if transformers cannot load it.
         EvaluationError: if it cannot answer the items.
     """
-    for texts in _texts(split, probes).values():
-        record_probes(checkpoint, texts, store)
+    _observe(checkpoint, split, _texts(split, probes), store, batch_size)
+
+
+def _observe(
+    checkpoint: Checkpoint, split: Split, texts: dict[str, tuple[str, ...]], store: Store, batch_size: int = 16
+) -> None:
+    for own in texts.values():
+        record_probes(checkpoint, own, store)
     answer_checkpoint(checkpoint, split, store, batch_size=batch_size)
 
 
@@ -134,16 +136,17 @@ def gather(
     if len(models) < 2:
         raise MergeError(f"a merge needs two models, and there is {len(models)}")
     everyone = [*([base] if base else []), *models]
+    texts = _texts(split, probes)
     for done, one in enumerate(everyone, start=1):
-        observe(one, split, probes, store)
+        _observe(one, split, texts, store)
         progress(Step(stage="plan", message=f"observed {one.id}", done=done, total=len(everyone)))
     cache = MomentsCache(store)
     measure(list(models), base or models[0], cache, columns=False, progress=progress)
     weights, size, signs = _weights(models, base, cache)
     energy, overlap = spectra(take_sample(models, base))
     manners = {
-        name: _manners([(one, record_probes(one, texts, store)) for one in everyone], base is not None, store)
-        for name, texts in _texts(split, probes).items()
+        name: _manners([(one, record_probes(one, asked, store)) for one in everyone], base is not None, store)
+        for name, asked in texts.items()
     }
     answers = {}
     own = [answer_checkpoint(one, split, store) for one in everyone]
