@@ -192,7 +192,9 @@ def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str,
         composite = Composite.load(Path(state["composite"]) / MANIFEST)
         section = session.run.recipe.evaluate
         split = session.split("held_out")
-        model = ComposedModel(endpoint, composite, batch_size=section.batch_size, progress=progress)
+        model = ComposedModel(
+            endpoint, composite, batch_size=section.batch_size, dtype=section.dtype, progress=progress
+        )
         scores = run_tasks(model, split, composite.name)
         if not runtime.context.keep_serving:
             session.close()

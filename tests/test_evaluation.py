@@ -10,7 +10,7 @@ import pytest
 from composer.artefacts import Store
 from composer.errors import EvaluationError
 from composer.evaluation.evidence import Subject, weigh_evidence
-from composer.evaluation.in_process import score_checkpoint
+from composer.evaluation.in_process import answer_checkpoint, score_checkpoint
 from composer.evaluation.scores import Scores, TaskScore
 from composer.evaluation.statistics import paired_gain, paired_interval
 from composer.evaluation.tasks import load_split
@@ -96,6 +96,17 @@ def test_scores_are_those_of_lm_eval(quick: dict[str, Checkpoint], store: Store)
     again = score_checkpoint(checkpoint.renamed("other-name"), split, store)
     assert again.tasks == ours.tasks
     assert again.subject == "other-name"
+
+
+def test_what_was_answered_in_another_type_is_not_taken_for_the_same(
+    quick: dict[str, Checkpoint], store: Store
+) -> None:
+    full, half = (load_split(["quick_math"], "held_out", include=TASKS, dtype=one) for one in (None, "bfloat16"))
+    first, second = (answer_checkpoint(quick["stories-math"], one, store).task("quick_math") for one in (full, half))
+    assert first is not None
+    assert second is not None
+    apart = np.abs([np.subtract(first.likelihoods[item], second.likelihoods[item]) for item in first.likelihoods])
+    assert 0 < apart.mean() < 0.2
 
 
 def scores(subject: str, **tasks: list[float]) -> Scores:

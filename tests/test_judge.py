@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from composer.artefacts import Store
 from composer.evaluation.settings import EvaluateSection
@@ -48,6 +49,19 @@ def test_a_trial_scores_what_the_kept_checkpoint_scores(
     assert tried.scores.tasks == again.tasks
     assert tried.scores.tasks != other.scores.tasks
     assert other.scores.tasks == judge.score(quick[MEMBERS[0]]).tasks, "all weight on one model is that model"
+
+
+def test_trials_and_checkpoints_are_computed_in_the_type_that_is_asked_for(
+    quick: dict[str, Checkpoint], store: Store
+) -> None:
+    judge = Judge(EVALUATE.model_copy(update={"dtype": "bfloat16"}), ProbesSection(limit=4), store.root)
+    bench, inputs = Bench(base=quick["stories"], dtype="bfloat16"), [quick[name] for name in MEMBERS]
+    tried = judge.trial(step("linear"), inputs, bench, None)
+    assert tried.scores is not None
+    kept, _ = judge.keep(step("linear"), inputs, bench, "kept")
+    assert judge._live is not None
+    assert {one.dtype for one in judge._live.model.parameters()} == {torch.bfloat16}
+    assert tried.scores.tasks == judge.score(kept).tasks
 
 
 def test_layers_of_another_number_get_a_model_of_their_own(judge: Judge, quick: dict[str, Checkpoint]) -> None:

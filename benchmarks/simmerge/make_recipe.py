@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--items", type=int, default=90, help="proxy items a task, a third of them for features")
+    parser.add_argument("--dtype", default="bfloat16", help="what models are computed in")
     options = parser.parse_args()
     models = sorted(path for path in options.zoo.iterdir() if (path / "config.json").is_file())
     tasks = sorted(path.stem for path in (ROOT / "tasks").glob("*.yaml"))
@@ -36,7 +37,7 @@ def main() -> None:
         "mixture": {"level": "model", "router": {"kind": "prompt"}},
         "evaluate": {
             "include": str(ROOT / "tasks"), "tasks": tasks, "proxy": 0.9, "proxy_limit": options.items,
-            "batch_size": 32,
+            "batch_size": 32, "dtype": options.dtype,
         },
     }  # fmt: skip
     YAML().dump(recipe, sys.stdout)

@@ -11,6 +11,7 @@ whose likelihoods are far less noisy than accuracies. About 20 s a merge on 2 co
 import argparse
 import os
 import sys
+from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def candidates() -> list[Candidate]:
 
 def first(split: Split, counts: dict[str, int]) -> Split:
     """Return the first items of each task by their hash."""
-    return Split(split.name, tuple(one.only(sorted(one.hashes)[: counts[one.name]]) for one in split.tasks))
+    kept = tuple(one.only(sorted(one.hashes)[: counts[one.name]]) for one in split.tasks)
+    return replace(split, tasks=kept)
 
 
 def show(step: Step) -> None:
@@ -72,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "specialists.parquet")
+    parser.add_argument("--dtype", default="bfloat16", help="what models are computed in")
     parser.add_argument("--most", type=int, help="stop after so many merges of the list")
     options = parser.parse_args()
     if not os.environ.get("COMPOSER_ZOO") or not os.environ.get("COMPOSER_DATA"):
@@ -79,7 +82,10 @@ def main() -> None:
     _quiet_libraries()
     zoo, store = Path(os.environ["COMPOSER_ZOO"]), Store(options.store.resolve())
     section = EvaluateSection(
-        include=str(ROOT.parent.parent / "recipes" / "smollm2" / "tasks"), tasks=list(ITEMS), batch_size=8
+        include=str(ROOT.parent.parent / "recipes" / "smollm2" / "tasks"),
+        tasks=list(ITEMS),
+        batch_size=8,
+        dtype=options.dtype,
     )
     known = first(split_of(section, "proxy"), dict.fromkeys(ITEMS, 16))
     labels = first(split_of(section, "held_out"), ITEMS)

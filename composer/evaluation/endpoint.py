@@ -107,7 +107,13 @@ class ComposedModel(LM):  # type: ignore[misc]
     """The composite as lm-eval sees it: routes each request on its context, then asks that expert."""
 
     def __init__(
-        self, endpoint: "Endpoint", composite: Composite, *, batch_size: int = 16, progress: Progress = silent
+        self,
+        endpoint: "Endpoint",
+        composite: Composite,
+        *,
+        batch_size: int = 16,
+        dtype: str | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Connect to a served composite.
 
@@ -121,13 +127,13 @@ class ComposedModel(LM):  # type: ignore[misc]
         """For each task: how many items each expert got."""
         self._seen: set[tuple[str, int]] = set()
         self.experts: dict[str, Any] = {
-            expert.id: self._expert(endpoint, expert, batch_size) for expert in composite.experts
+            expert.id: self._expert(endpoint, expert, batch_size, dtype) for expert in composite.experts
         }
 
-    def _expert(self, endpoint: "Endpoint", expert: Expert, batch_size: int) -> Any:
+    def _expert(self, endpoint: "Endpoint", expert: Expert, batch_size: int, dtype: str | None) -> Any:
         length = endpoint.max_model_len[expert.id]
         if not endpoint.scores_prompts:
-            return _local_expert(expert, length, self.client, batch_size)
+            return _local_expert(expert, length, self.client, batch_size, dtype)
         model = ExpertModel(expert, length, self.client, batch_size)
         self._check_echo(model)
         return model
@@ -179,14 +185,14 @@ class ComposedModel(LM):  # type: ignore[misc]
         return [experts[context] for context in contexts]
 
 
-def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_size: int) -> Any:
+def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_size: int, dtype: str | None) -> Any:
     """Return an expert whose likelihoods are computed here, since its engine gives none for prompts."""
     from composer.evaluation.in_process import load_model
 
     class LocalLikelihoods(ExpertModel):
         def __init__(self) -> None:
             super().__init__(expert, max_length, client, batch_size)
-            self.model = load_model(expert.checkpoint, batch_size)
+            self.model = load_model(expert.checkpoint, batch_size, dtype)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return self.model.loglikelihood(requests)

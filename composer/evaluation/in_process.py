@@ -15,8 +15,8 @@ def score_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batc
     """Score a checkpoint on a split, or return the same scores measured before.
 
     Args:
-        checkpoint: The model; computed in float32 on a CPU, in its own dtype on a GPU.
-        split: The items.
+        checkpoint: The model.
+        split: The items, and what is computed in.
         store: Keeps the scores under the content hash of the checkpoint and of the items.
         batch_size: Items scored at once.
 
@@ -28,7 +28,7 @@ def score_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batc
     known = _known("scores", checkpoint, split, store)
     if known.is_file():
         return Scores.load(known).model_copy(update={"subject": checkpoint.id})
-    loaded = load_model(checkpoint, batch_size)
+    loaded = load_model(checkpoint, batch_size, split.dtype)
     scores = LiveScorer(loaded.model, loaded.tokenizer, split, batch_size=batch_size).score(checkpoint.id)
     scores.save(known)
     return scores
@@ -44,7 +44,7 @@ def answer_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, bat
     known = _known("answers", checkpoint, split, store)
     if known.is_file():
         return Answers.load(known).model_copy(update={"subject": checkpoint.id})
-    loaded = load_model(checkpoint, batch_size)
+    loaded = load_model(checkpoint, batch_size, split.dtype)
     scorer = LiveScorer(loaded.model, loaded.tokenizer, split, batch_size=batch_size)
     scores, answers = scorer.answers(checkpoint.id)
     scores.save(_known("scores", checkpoint, split, store))
@@ -56,8 +56,13 @@ def _known(kind: str, checkpoint: Checkpoint, split: Split, store: Store) -> Pat
     return store.path(kind, digest([checkpoint.content_hash, split.name, split.fingerprint]) + ".json")
 
 
-def load_model(checkpoint: Checkpoint, batch_size: int) -> Any:
+def load_model(checkpoint: Checkpoint, batch_size: int, dtype: str | None = None) -> Any:
     """Load a checkpoint as lm-eval's transformers model, without its progress bars.
+
+    Args:
+        checkpoint: The model.
+        batch_size: Items scored at once.
+        dtype: What it is computed in; by default float32 on a CPU, its own type on a GPU.
 
     Raises:
         EvaluationError: if transformers cannot load it.
@@ -77,7 +82,8 @@ def load_model(checkpoint: Checkpoint, batch_size: int) -> Any:
         return QuietModel(
             pretrained=checkpoint.path,
             trust_remote_code=checkpoint.remote_code,
-            dtype="auto" if cuda else "float32",
+            dtype=dtype or ("auto" if cuda else "float32"),
+            softmax_dtype="float32",  # in bfloat16, log-probabilities have two digits
             batch_size=batch_size,
             device="cuda" if cuda else "cpu",
         )

@@ -53,6 +53,8 @@ class Split:
 
     name: str
     tasks: tuple[Items, ...]
+    dtype: str | None = None
+    """What models are computed in; by default float32 on a CPU, their own type on a GPU."""
 
     @property
     def size(self) -> int:
@@ -61,8 +63,8 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all items and task definitions."""
-        return digest([task.fingerprint for task in self.tasks])
+        """Hash of all items and task definitions, and of what is computed in if that is not the default."""
+        return digest([*(task.fingerprint for task in self.tasks), *([self.dtype] if self.dtype else [])])
 
 
 def load_split(
@@ -73,6 +75,7 @@ def load_split(
     proxy: float = 0.5,
     limit: int | None = None,
     seed: int = 0,
+    dtype: str | None = None,
 ) -> Split:
     """Load one split of some lm-eval tasks; the other split's items are not touched beyond their hashes.
 
@@ -83,6 +86,7 @@ def load_split(
         proxy: Share of proxy items in tasks that have a single split.
         limit: At most this many items a task, those of the lowest hash.
         seed: Mixed into the hashes.
+        dtype: What models are computed in.
 
     Raises:
         EvaluationError: for unknown tasks, groups, or a split without items.
@@ -95,7 +99,7 @@ def load_split(
         hint = nearest(unknown[0], list(manager.all_tasks))
         where = f" (evaluate.include: {include})" if include else " (evaluate.include names no folder of your own)"
         raise EvaluationError(f"there is no task '{unknown[0]}'{hint}{where}")
-    return Split(name=split, tasks=tuple(_items(manager, name, split, proxy, limit, seed) for name in names))
+    return Split(split, tuple(_items(manager, name, split, proxy, limit, seed) for name in names), dtype)
 
 
 def split_of(section: EvaluateSection, split: str) -> Split:
@@ -111,6 +115,7 @@ def split_of(section: EvaluateSection, split: str) -> Split:
         proxy=section.proxy,
         limit=section.proxy_limit if split == "proxy" else section.held_out_limit,
         seed=section.seed,
+        dtype=section.dtype,
     )
 
 
@@ -127,7 +132,7 @@ def part_of(split: Split, start: float, stop: float) -> Split:
         if not chosen:
             raise EvaluationError(f"task '{items.name}' has too few items, {len(ranked)}, to take a part of them")
         parts.append(items.only(chosen))
-    return Split(split.name, tuple(parts))
+    return replace(split, tasks=tuple(parts))
 
 
 @lru_cache

@@ -145,7 +145,7 @@ class Judge:
     def _model(self, merge: Merge) -> tuple[LiveModel, LiveScorer]:
         if self._live is None or self._scorer is None or self._live.shape != shape_of(merge):
             self._live = self._scorer = None  # two at a time may be too many
-            self._live = LiveModel(merge)
+            self._live = LiveModel(merge, self.split("proxy").dtype)
             self._scorer = LiveScorer(
                 self._live.model, self._live.tokenizer, self.split("proxy"), batch_size=self.evaluate.batch_size
             )

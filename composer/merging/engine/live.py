@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 class LiveModel:
     """A transformers model, built once for all merges of one shape and vocabulary.
 
-    Computed in float32 on a CPU, in the merge's storage type on a GPU; the values of the weights are those of the
-    storage type in either case. The arithmetic of the merge is always the CPU's: a GPU rounds otherwise, and what
-    is scored must be what is written.
+    Computed in float32 on a CPU and in the merge's storage type on a GPU, where nothing else is asked for; the values
+    of the weights are those of the storage type in either case. The arithmetic of the merge is always the CPU's: a GPU
+    rounds otherwise, and what is scored must be what is written.
 
     Attributes:
         model: The model; its parameters change with `load`.
         tokenizer: Its tokenizer.
     """
 
-    def __init__(self, merge: Merge) -> None:
+    def __init__(self, merge: Merge, dtype: str | None = None) -> None:
         """Build a model of the shape of a merge, with no weights in it yet.
+
+        Args:
+            merge: Any merge of the shape.
+            dtype: What it is computed in.
 
         Raises:
             MergeError: if transformers cannot build it.
@@ -37,7 +41,7 @@ class LiveModel:
         self.shape = shape_of(merge)
         self._remote = any(one.remote_code for one in merge.inputs)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._dtype = torch.float32 if self._device == "cpu" else getattr(torch, merge.dtype)
+        self._dtype = getattr(torch, dtype or ("float32" if self._device == "cpu" else merge.dtype))
         try:
             with tempfile.TemporaryDirectory(prefix="model-composer-") as home:
                 write_model_description(merge, Path(home))
