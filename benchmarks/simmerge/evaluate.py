@@ -24,7 +24,8 @@ import pandas as pd
 from composer.simmerge.bandit import Bandit, context_of
 from composer.simmerge.corpus import load_corpus, matrix
 from composer.simmerge.features import FEATURES, NAMES
-from composer.simmerge.training import cross_validate, merges_of, train
+from composer.simmerge.predictor import Prediction, Predictor
+from composer.simmerge.training import cross_validate, cross_validate_scale, merges_of, train
 
 ROOT = Path(__file__).resolve().parent
 LINEAR, ARITHMETIC = "linear", "task_arithmetic"
@@ -44,21 +45,19 @@ class Board:
     """The same, as predicted from what the strongest source of each task scores."""
     parent: np.ndarray
     """`[groups]`: what the best single source scores."""
+    expected: np.ndarray
+    """`[groups]`: what the best single source scores on the items that were known; nan if labels were not."""
     halves: np.ndarray
     """`[2, groups, arms]`: the score on either half of the items."""
 
 
 def board(rows: pd.DataFrame, gain: np.ndarray, *, arms: list[str] | None = None) -> Board:
     """Lay merges out; `gain` is what is predicted for each row over its strongest source."""
-    strong = np.array([scores[place] for scores, place in zip(rows["source_scores"], rows["strong"], strict=True)])
     table = rows.assign(
-        predicted=strong + gain, group=[(z, *sorted(h)) for z, h in zip(rows["zoo"], rows["hashes"], strict=True)]
+        predicted=levels(rows) + gain, group=[(z, *sorted(h)) for z, h in zip(rows["zoo"], rows["hashes"], strict=True)]
     )
     table["odd"] = [np.mean(items[1::2]) for items in rows["items"]]
     table["even"] = [np.mean(items[::2]) for items in rows["items"]]
-    table["parents"] = [
-        dict(zip(h, s, strict=True)) for h, s in zip(rows["hashes"], rows["source_scores"], strict=True)
-    ]
     merges = table.groupby(["group", "arm"], sort=True)
     means = merges[["score", "predicted", "odd", "even"]].mean()
     groups = sorted({key[0] for key in means.index})
@@ -68,20 +67,32 @@ def board(rows: pd.DataFrame, gain: np.ndarray, *, arms: list[str] | None = None
         if arm in arms:
             for name in means:
                 grids[name][groups.index(group), arms.index(arm)] = row[name]
-    parent = np.zeros(len(groups))
+    parent, expected = np.zeros(len(groups)), np.zeros(len(groups))
     for group, part in table.groupby("group"):
-        sums: dict[str, list[float]] = {}
-        for one in part.drop_duplicates("task")["parents"]:
-            for name, value in one.items():
-                sums.setdefault(name, []).append(value)
-        parent[groups.index(group)] = max(np.mean(values) for values in sums.values())
-    return Board(groups, arms, grids["score"], grids["predicted"], parent, np.stack([grids["odd"], grids["even"]]))
+        each = part.drop_duplicates("task")
+        # Merges of one group name its sources in any order.
+        orders = [np.argsort(hashes) for hashes in each["hashes"]]
+        measured, known = (
+            np.mean([np.array(own)[order] for own, order in zip(each[name], orders, strict=True)], axis=0)
+            for name in ("source_scores", "known_scores")
+        )
+        place = groups.index(group)
+        parent[place] = measured.max()
+        expected[place] = known.max() if each["labelled"].all() else np.nan
+    halves = np.stack([grids["odd"], grids["even"]])
+    return Board(groups, arms, grids["score"], grids["predicted"], parent, expected, halves)
+
+
+def levels(rows: pd.DataFrame) -> np.ndarray:
+    """Return what each row's strongest source scores on the items that were known; 0 where labels were not."""
+    known = [scores[place] for scores, place in zip(rows["known_scores"], rows["strong"], strict=True)]
+    return np.where(rows["labelled"], known, 0.0)
 
 
 def judge(one: Board) -> dict[str, object]:
     """Return how good the predicted choice of an arm is for each group, beside all baselines."""
     full = ~np.isnan(one.score).any(axis=1)
-    score, predicted, parent = one.score[full], one.predicted[full], one.parent[full]
+    score, predicted, parent, expected = one.score[full], one.predicted[full], one.parent[full], one.expected[full]
     rows = np.arange(len(score))
     chosen, oracle = score[rows, predicted.argmax(axis=1)], score.max(axis=1)
     means = score.mean(axis=0)
@@ -94,7 +105,9 @@ def judge(one: Board) -> dict[str, object]:
         f"best fixed arm in hindsight: {one.arms[means.argmax()]}": fixed,
         "random arm": score.mean(axis=1),
         "predicted": chosen,
-        "predicted, or the parent where no gain is predicted": np.where(predicted.max(axis=1) > parent, chosen, parent),
+        "predicted, or the parent where no gain is predicted": np.where(
+            predicted.max(axis=1) > expected, chosen, parent
+        ),
         "oracle": oracle,
     }
     draws = np.random.default_rng(0).integers(0, len(score), size=(RESAMPLES, len(score)))
@@ -137,23 +150,43 @@ def noise(one: Board) -> dict[str, float]:
     }
 
 
-def coverage(rows: pd.DataFrame, gain: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """Return the share of rows whose gain lies within its interval."""
-    return round(float(((low <= rows["gain"]) & (rows["gain"] <= high)).mean()), 3)
-
-
-def refusals(one: Board, chance: np.ndarray, risk: float) -> dict[str, object]:
-    """Return how many merges are refused, and how many of those really lose to the better parent."""
-    made = ~np.isnan(one.score)
-    refused = made & (chance < 1 - risk)
-    loses = one.score < one.parent[:, None]
-    return {
-        "risk": risk,
-        "refused": round(float(refused.sum() / made.sum()), 3),
-        "refused_that_lose": round(float(loses[refused].mean()), 3) if refused.any() else None,
-        "made_that_gain": round(float((~loses)[made & ~refused].mean()), 3),
-        "all_that_lose": round(float(loses[made].mean()), 3),
+def promises(rows: pd.DataFrame, gain: np.ndarray, scale: np.ndarray, predictor: Predictor) -> dict[str, object]:
+    """Return how far what is promised of a merge holds: intervals of its gain over the best single source, refusals."""
+    table = rows.assign(predicted=levels(rows) + gain, variance=scale**2, order=rows["hashes"].map(tuple))
+    merges = table.groupby(["zoo", "order", "arm"], sort=True)
+    means = merges[["score", "predicted", "variance"]].mean()
+    best = {
+        name: merges[name].agg(lambda lists: np.mean(np.stack(lists.to_list()), axis=0).max()).to_numpy()
+        for name in ("source_scores", "known_scores")
     }
+    wide = np.sqrt(means["variance"].to_numpy())
+    tasks = merges.size().to_numpy()
+    wide *= np.sqrt(predictor.correlation + (1 - predictor.correlation) / tasks)
+    promised = means["predicted"].to_numpy() - best["known_scores"]
+    real = means["score"].to_numpy() - best["source_scores"]
+    steps = np.linspace(0, 1, len(predictor.mean_errors))
+    low, high = (promised + np.interp(one, steps, predictor.mean_errors) * wide for one in (0.1, 0.9))
+    chance = 1 - np.interp(-promised / wide, predictor.mean_errors, steps)
+    found: dict[str, object] = {
+        "merges": len(real),
+        "interval_coverage": round(float(((low <= real) & (real <= high)).mean()), 3),
+        "interval_width": round(float((high - low).mean()), 4),
+        "all_that_lose": round(float((real < 0).mean()), 3),
+    }
+    for risk in (0.5, 0.2):
+        refused = chance < 1 - risk
+        found[f"risk_{risk}"] = {
+            "refused": round(float(refused.mean()), 3),
+            "refused_that_lose": round(float((real[refused] < 0).mean()), 3) if refused.any() else None,
+            "made_that_gain": round(float((real[~refused] >= 0).mean()), 3) if (~refused).any() else None,
+        }
+    return found
+
+
+def coverage(rows: pd.DataFrame, gain: np.ndarray, scale: np.ndarray, predictor: Predictor) -> float:
+    """Return the share of rows, one a merge and task, whose gain lies within its 80 % interval."""
+    _, low, high = (one[:, 0] for one in predictor.interval(Prediction(gain[:, None], scale[:, None]), 0.8))
+    return round(float(((low <= rows["gain"]) & (rows["gain"] <= high)).mean()), 3)
 
 
 def two(rows: pd.DataFrame, *, labelled: bool = True) -> np.ndarray:
@@ -166,14 +199,20 @@ def show(part: str, **values: object) -> None:
     print(json.dumps({"part": part, **values}), flush=True)
 
 
-def pairs(rows: pd.DataFrame) -> None:
+def pairs(rows: pd.DataFrame, predictor: Predictor) -> None:
     """Judge on pairs of the training zoos, cross-validated by model."""
     gain = cross_validate(rows)
+    scale = cross_validate_scale(rows, rows["gain"].to_numpy() - gain)
+    known = np.isfinite(gain) & np.isfinite(scale)
     for labelled in (True, False):
-        chosen = two(rows, labelled=labelled) & np.isfinite(gain)
+        chosen = two(rows, labelled=labelled) & known
         show("pairs", labelled=labelled, **judge(board(rows[chosen], gain[chosen])))
+        within = coverage(rows[chosen], gain[chosen], scale[chosen], predictor)
+        show("pairs", labelled=labelled, interval_coverage_of_a_task=within)
+    chosen = two(rows) & known
+    show("pairs", labelled=True, **promises(rows[chosen], gain[chosen], scale[chosen], predictor))
     for zoo in sorted(rows["zoo"].unique()):
-        chosen = two(rows) & np.isfinite(gain) & (rows["zoo"] == zoo).to_numpy()
+        chosen = two(rows) & known & (rows["zoo"] == zoo).to_numpy()
         show("pairs", zoo=zoo, **judge(board(rows[chosen], gain[chosen])))
 
 
@@ -184,39 +223,40 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="*", type=Path, default=sorted((ROOT / "corpora").glob("*.parquet")))
     parser.add_argument("--table", type=Path, default=ROOT / "specialists.parquet")
     options = parser.parse_args()
-    rows = merges_of(load_corpus(options.corpora))
+    corpus = load_corpus(options.corpora)
+    rows, predictor = merges_of(corpus), train(corpus)
     if "pairs" in options.parts:
-        pairs(rows)
+        pairs(rows, predictor)
     if "noise" in options.parts:
         chosen = two(rows)
         show("noise", zoo="training", **noise(board(rows[chosen], np.zeros(chosen.sum()))))
     if {"scale", "several", "noise", "bandit"} & set(options.parts) and options.table.is_file():
-        specialists(options, rows)
+        specialists(options, rows, predictor)
     if "curve" in options.parts:
         curve(rows)
     if "ablation" in options.parts:
         ablation(rows)
 
 
-def specialists(options: argparse.Namespace, rows: pd.DataFrame) -> None:
+def specialists(options: argparse.Namespace, rows: pd.DataFrame, predictor: Predictor) -> None:
     """Judge on the specialists what was trained on the training zoos."""
     test = merges_of(load_corpus([options.table]))
-    predictor = train(load_corpus(options.corpora))
     prediction = predictor.predict([matrix(test)])
-    middle, low, high = (one[:, 0] for one in predictor.interval(prediction, 0.8))
-    for labelled in (True, False):
-        chosen = two(test, labelled=labelled)
-        if "scale" in options.parts:
-            own = board(test[chosen], middle[chosen])
-            show("scale", labelled=labelled, **judge(own))
-            show("scale", labelled=labelled, coverage=coverage(test[chosen], middle[chosen], low[chosen], high[chosen]))
+    gain, scale = prediction.gain[:, 0], prediction.scale[:, 0]
     chosen = two(test)
+    if "scale" in options.parts:
+        for labelled in (True, False):
+            own = two(test, labelled=labelled)
+            show("scale", labelled=labelled, **judge(board(test[own], gain[own])))
+            within = coverage(test[own], gain[own], scale[own], predictor)
+            show("scale", labelled=labelled, interval_coverage_of_a_task=within)
+        show("scale", labelled=True, **promises(test[chosen], gain[chosen], scale[chosen], predictor))
     if "noise" in options.parts:
-        show("noise", zoo="specialists", **noise(board(test[chosen], middle[chosen])))
+        show("noise", zoo="specialists", **noise(board(test[chosen], gain[chosen])))
     if "several" in options.parts:
-        several(test, middle)
+        several(test, gain)
     if "bandit" in options.parts:
-        bandits("specialists", test[chosen].reset_index(drop=True), middle[chosen])
+        bandits("specialists", test[chosen].reset_index(drop=True), gain[chosen])
         newcomer("specialists", rows, test[chosen].reset_index(drop=True))
 
 
@@ -224,8 +264,7 @@ def several(test: pd.DataFrame, gain: np.ndarray) -> None:
     """Judge the choice among all subsets and orders, by its rank among all."""
     own = test.assign(predicted_gain=gain)[test["labelled"]]
     own["order"] = own["hashes"].map(tuple)
-    strong = np.array([scores[place] for scores, place in zip(own["source_scores"], own["strong"], strict=True)])
-    own["predicted"] = strong + own["predicted_gain"]
+    own["predicted"] = levels(own) + own["predicted_gain"]
     plans = own.groupby(["order", "arm"])[["score", "predicted"]].mean()
     for size in ((2,), (3,), (4,), (3, 4), (2, 3, 4)):
         part = plans[[len(key[0]) in size for key in plans.index]]
@@ -273,7 +312,8 @@ def offers(rows: pd.DataFrame, gain: np.ndarray) -> Offers:
             if contexts is None:
                 contexts = np.zeros((len(groups), len(own.arms), len(found)))
             contexts[number, arm] = found
-    whole = Board(groups, own.arms, own.score[full], own.predicted[full], own.parent[full], own.halves[:, full])
+    parts = (own.score, own.predicted, own.parent, own.expected)
+    whole = Board(groups, own.arms, *(part[full] for part in parts), own.halves[:, full])
     return Offers(whole, contexts if contexts is not None else np.zeros((0, 0, 0)))
 
 
@@ -284,7 +324,7 @@ def play(offered: Offers, turns: int, seed: int, policy: str, *, start: bool) ->
     for turn in range(turns):
         group = int(generator.integers(len(one.groups)))
         score, parent = one.score[group], one.parent[group]
-        predicted = one.predicted[group] - parent if start else np.zeros(len(one.arms))
+        predicted = one.predicted[group] - one.expected[group] if start else np.zeros(len(one.arms))
         if policy == "uniform":
             place = int(generator.integers(len(one.arms)))
         else:
@@ -332,7 +372,9 @@ def newcomer(name: str, rows: pd.DataFrame, test: pd.DataFrame) -> None:
             for seed in range(10):
                 _, bandit = play(blind, turns, seed, "linucb", start=True)
                 chosen = [
-                    bandit.choose(one.arms, blind.context[g], blind.one.predicted[g] - one.parent[g], exploration=0.0)
+                    bandit.choose(
+                        one.arms, blind.context[g], blind.one.predicted[g] - blind.one.expected[g], exploration=0.0
+                    )
                     for g in groups
                 ]
                 values.append(one.score[groups, chosen].mean() - chance)

@@ -174,7 +174,8 @@ def _rows(
 
         task: dict[str, Any] = {**shared, "task": items.name, "metric": items.metric}
         task["origin_score"] = scores[base.id].task(items.name).mean if base else nan
-        for model in [*models, *([base] if base else [])]:
+        before = signals.scores(items.name)
+        for place, model in [*enumerate(models, start=1), *([(0, base)] if base else [])]:
             own_score = scores[model.id].task(items.name).mean
             rows.append(
                 Row(
@@ -186,6 +187,7 @@ def _rows(
                     score=own_score,
                     items=values(scores[model.id]),
                     source_scores=(own_score,),
+                    known_scores=(float(before[place]),),
                     labelled=True,
                     strong=0,
                     parts=(1.0,),
@@ -207,6 +209,7 @@ def _rows(
                         score=found[place].task(items.name).mean,
                         items=values(found[place]),
                         source_scores=tuple(scores[model].task(items.name).mean for model in one.step.inputs),
+                        known_scores=tuple(before[[1 + n for n in one.sources]]),
                         labelled=labelled,
                         strong=one.sources.index(int(strong[number])),
                         parts=tuple(parts[number, list(one.sources)]),

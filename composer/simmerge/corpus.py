@@ -45,6 +45,8 @@ class Row:
     """The same, item by item, in one order for all rows of a zoo and task."""
     source_scores: tuple[float, ...]
     """Of the sources on the same items."""
+    known_scores: tuple[float, ...]
+    """Of the sources on the items that features come from; nan for a task without choices or likelihoods."""
     origin_score: float
     """Of the base on the same items; nan without one."""
     labelled: bool
@@ -73,7 +75,8 @@ def save_corpus(rows: Iterable[Row], path: Path) -> None:
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
     small = {name: pa.array(column, pa.float32()) for name, column in columns.items() if name.startswith(PREFIX)}
-    small |= {name: pa.array(columns[name], pa.list_(pa.float32())) for name in ("items", "source_scores", "parts")}
+    lists = ("items", "source_scores", "known_scores", "parts")
+    small |= {name: pa.array(columns[name], pa.list_(pa.float32())) for name in lists}
     table = pa.table({name: small.get(name, column) for name, column in columns.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

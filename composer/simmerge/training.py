@@ -73,12 +73,8 @@ def train(table: "pandas.DataFrame", *, trees: int = TREES, threads: int = 0) ->
     outside = cross_validate(rows, trees=trees, threads=threads)
     residual = gain - outside
     known = np.isfinite(residual)
-    target = np.log(np.maximum(np.abs(residual), LEAST_SCALE))
-    scale_outside = np.full(len(rows), np.nan)
-    for learn, test in _folds(rows):
-        learn = learn & known
-        scale_outside[test] = _fit(features[learn], target[learn], SCALE_TREES, threads).predict(features[test])
-    scale = np.maximum(np.exp(scale_outside), LEAST_SCALE)
+    target = _size(residual)
+    scale = cross_validate_scale(rows, residual, threads=threads)
     calibrated = known & np.isfinite(scale)
     standard = residual[calibrated] / scale[calibrated]
     means, correlation = _means(rows[calibrated], residual[calibrated], scale[calibrated])
@@ -113,6 +109,31 @@ def cross_validate(rows: "pandas.DataFrame", *, trees: int = TREES, threads: int
     found: Array = np.full(len(rows), np.nan)
     for learn, test in _folds(rows):
         found[test] = _fit(features[learn], gain[learn], trees, threads).predict(features[test])
+    return found
+
+
+def cross_validate_scale(rows: "pandas.DataFrame", residual: "Array", *, threads: int = 0) -> "Array":
+    """Return the scale of each row's error as predicted by a model that saw none of its sources.
+
+    Args:
+        rows: From `merges_of`.
+        residual: Cross-validated errors, `[rows]`; nan where there is none.
+        threads: That LightGBM uses; 0 for all.
+
+    Returns:
+        `[rows]`, before calibration; nan as in `cross_validate`.
+    """
+    features, target, known = matrix(rows), _size(residual), np.isfinite(residual)
+    found: Array = np.full(len(rows), np.nan)
+    for learn, test in _folds(rows):
+        model = _fit(features[learn & known], target[learn & known], SCALE_TREES, threads)
+        found[test] = np.maximum(np.exp(model.predict(features[test])), LEAST_SCALE)
+    return found
+
+
+def _size(residual: "Array") -> "Array":
+    """Return what the model of scales predicts: the log of absolute errors."""
+    found: Array = np.log(np.maximum(np.abs(residual), LEAST_SCALE))
     return found
 
 
