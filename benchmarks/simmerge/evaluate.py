@@ -28,7 +28,9 @@ from composer.simmerge.predictor import Prediction, Predictor
 from composer.simmerge.training import cross_validate, cross_validate_scale, merges_of, train
 
 ROOT = Path(__file__).resolve().parent
-LINEAR, ARITHMETIC = "linear", "task_arithmetic"
+LINEAR, ARITHMETIC, SLERP = "linear", "task_arithmetic", "slerp t 0.5"
+LINEARS = "always linear (what mergelens 2.0.3 recommends with a base, as a mean of task vectors)"
+"""Its rules look at nothing but whether a base is given: compare/strategy.py."""
 RESAMPLES = 2000
 PARTS = ("pairs", "scale", "several", "noise", "bandit", "curve", "ablation")
 
@@ -100,7 +102,8 @@ def judge(one: Board) -> dict[str, object]:
     arithmetic = [place for place, arm in enumerate(one.arms) if arm.startswith(ARITHMETIC)]
     each = {
         "best single parent": parent,
-        "always linear": score[:, one.arms.index(LINEAR)],
+        LINEARS: score[:, one.arms.index(LINEAR)],
+        "always slerp (what mergelens 2.0.3 recommends without a base)": score[:, one.arms.index(SLERP)],
         "always task arithmetic (best weight in hindsight)": score[:, max(arithmetic, key=lambda a: means[a])],
         f"best fixed arm in hindsight: {one.arms[means.argmax()]}": fixed,
         "random arm": score.mean(axis=1),
@@ -115,7 +118,7 @@ def judge(one: Board) -> dict[str, object]:
     def interval(value: Callable[[np.ndarray], np.ndarray]) -> list[float]:
         return [round(float(x), 3) for x in (value(rows), *np.nanpercentile([value(d) for d in draws], [2.5, 97.5]))]
 
-    linear = each["always linear"]
+    linear = each[LINEARS]
     return {
         "groups": len(score),
         "mean": {name: round(float(values.mean()), 4) for name, values in each.items()},

@@ -85,7 +85,8 @@ class Planner:
         """Return merges, the best first.
 
         Up to `EXACT` models every subset is weighed by every arm. Beyond, subsets grow in a beam search by the arms
-        whose coefficients are known without a sample, and the best of them are weighed by every arm.
+        whose coefficients are known without a sample, the best model first, and the best of them are weighed by every
+        arm in every order.
 
         Args:
             arms: Ways of merging.
@@ -101,7 +102,7 @@ class Planner:
         beam: list[tuple[int, ...]] = list(combinations(range(count), 2))
         stale, top = 0, -np.inf
         while beam and stale < PATIENCE:
-            for one in self.weigh(self._plans(beam, plain)):
+            for one in self.weigh(self._plans(beam, plain, orders=False)):
                 subset = tuple(sorted(one.sources))
                 if subset not in found or one.gain > found[subset].gain:
                     found[subset] = one
@@ -118,7 +119,8 @@ class Planner:
             }
             beam = sorted(grown)
         finalists = sorted(found, key=lambda subset: -found[subset].gain)[:FINALISTS]
-        return self._sorted([*found.values(), *self.weigh(self._plans(finalists, [a for a in arms if a not in plain]))])
+        rest = [one for subset, one in found.items() if subset not in finalists]
+        return self._sorted([*rest, *self.weigh(self._plans(finalists, arms))])
 
     def weigh(self, plans: Iterable[tuple[tuple[int, ...], Arm]]) -> list[Weighed]:
         """Predict some merges; those that an operator refuses are left out."""
@@ -191,8 +193,10 @@ class Planner:
         found: Array = means.mean() + keep * (means - means.mean())
         return found
 
-    def _plans(self, subsets: Iterable[tuple[int, ...]], arms: Sequence[Arm]) -> list[tuple[tuple[int, ...], Arm]]:
-        """Return the subsets with each arm that takes all of a subset at once, in the orders that differ."""
+    def _plans(
+        self, subsets: Iterable[tuple[int, ...]], arms: Sequence[Arm], *, orders: bool = True
+    ) -> list[tuple[tuple[int, ...], Arm]]:
+        """Return the subsets with each arm that takes all of a subset at once, in all orders that differ or one."""
         found = []
         ranking = np.argsort(-self._levels.mean(axis=1), kind="stable").tolist()
         for subset in subsets:
@@ -201,10 +205,8 @@ class Planner:
                 if most is not None and len(subset) > most:
                     continue
                 first = tuple(one for one in ranking if one in subset)
-                orders = [first]
-                if arm.ordered and len(subset) <= ORDERED:
-                    orders = [*permutations(first)]
-                found += [(order, arm) for order in orders]
+                differ = orders and arm.ordered and len(subset) <= ORDERED
+                found += [(order, arm) for order in (permutations(first) if differ else [first])]
         return found
 
     def _footprint(self, sources: tuple[int, ...], arm: Arm) -> "tuple[Array, float] | None":
