@@ -68,6 +68,12 @@ class PredictorError(ComposerError):
     exit_code = 10
 
 
+class RouterError(ComposerError):
+    """A router cannot be built, loaded or tuned."""
+
+    exit_code = 11
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 

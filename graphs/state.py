@@ -7,10 +7,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Annotated, TypedDict
 
+from composer.evaluation.live import contexts
 from composer.evaluation.scores import Scores
 from composer.evaluation.tasks import Split, split_of
 from composer.executors import Executor, make_executor
 from composer.merging.judge import Judge
+from composer.mixture import Known
+from composer.mixture.examples import text_losses
+from composer.probes import load_texts
 from composer.progress import Progress
 from composer.runs import Run
 from composer.serving.server import Server
@@ -118,6 +122,17 @@ class Session:
     def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
         """Score a checkpoint; measured once per checkpoint and items, ever."""
         return next(iter(self.executor.map("score", [(checkpoint, split)])))  # type: ignore[no-any-return]
+
+    @property
+    def known(self) -> Known:
+        """What routers can find out about experts."""
+        probes = self.run.recipe.probes
+        texts = load_texts(probes.texts, probes.limit, probes.characters)
+        return Known(
+            score=self.score,
+            contexts=lambda: {items.name: contexts(items) for items in self.split("proxy").tasks},
+            losses=lambda experts: (texts, text_losses(experts, texts, self.run.store)),
+        )
 
     def serving(self, composite: str, progress: Progress) -> Server:
         """Return the composite's server, started if this process has not started it yet."""

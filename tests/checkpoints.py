@@ -52,3 +52,17 @@ def add_tokens(directory: Path, *tokens: str) -> None:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         tokenizer["added_tokens"].append(entry | flags)
     file.write_text(json.dumps(tokenizer))
+
+
+def write_sentence_encoder(directory: Path) -> Path:
+    """Write a bidirectional encoder with random weights and the tokenizer of a real tiny model."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "stories")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    BertModel(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

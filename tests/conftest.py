@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from composer.artefacts import Store
+from composer.mixture import Known
 from composer.zoo import Checkpoint, inspect_checkpoint
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,12 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart"
 MODELS = QUICKSTART / "models"
+NOT_ASKED = Known(
+    score=lambda checkpoint: pytest.fail("not asked"),
+    contexts=lambda: pytest.fail("not asked"),
+    losses=lambda experts: pytest.fail("not asked"),
+)
+"""For composites of which nothing needs to be found out."""
 
 
 def children(pid: int) -> list[psutil.Process]:

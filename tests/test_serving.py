@@ -26,7 +26,7 @@ from composer.serving.engines import ENGINES
 from composer.serving.server import Server
 from composer.serving.settings import ServeSection
 from composer.zoo import Checkpoint
-from tests.conftest import QUICKSTART, children, survivors, take_signals
+from tests.conftest import NOT_ASKED, QUICKSTART, children, survivors, take_signals
 from tests.test_routers import CODE, MATH
 
 GUARD = Path(__file__).resolve().parent.parent / "composer" / "serving" / "guard.py"
@@ -39,8 +39,8 @@ def composite_of(quick: dict[str, Checkpoint], store: Store, *names: str) -> Pat
         Expert(id=name, checkpoint=quick[name], members=(name,), examples=examples[name], reason="a test")
         for name in names
     )
-    router = RouterSection(fallback=names[0])
-    return build_composite("mix", experts, {}, router, store, lambda checkpoint: pytest.fail("not asked"))
+    router = RouterSection(abstain_to=names[0])
+    return build_composite("mix", experts, {}, router, store, NOT_ASKED)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_a_port_in_use_is_found_before_any_engine_starts(
 def test_an_engine_that_dies_says_why(quick: dict[str, Checkpoint], shared_store: Store, tmp_path: Path) -> None:
     broken = quick["stories-math"].model_copy(update={"path": str(tmp_path / "gone"), "id": "gone"})
     expert = Expert(id="gone", checkpoint=broken, members=("gone",), examples=(), reason="a test")
-    directory = build_composite("mix", (expert,), {}, RouterSection(), shared_store, lambda c: pytest.fail("not asked"))
+    directory = build_composite("mix", (expert,), {}, RouterSection(), shared_store, NOT_ASKED)
     section = ServeSection(port=0, engine="transformers")
     with pytest.raises(ServeError, match=r"the transformers engine of 'gone' (died at start|refuses)"):
         Server(directory, section, tmp_path / "logs").__enter__()

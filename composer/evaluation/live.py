@@ -103,12 +103,13 @@ class LiveScorer:
 
 def prompts(split: Split, limit: int) -> dict[str, tuple[str, ...]]:
     """Return what the first items of each task ask, by task, without what is to be answered; no labels are read."""
-    found = {}
-    for items in split.tasks:
-        asked = [own[0].args for own in _requests(items.only(items.hashes[:limit])).values()]
-        # Without a context it is the text itself that is predicted.
-        found[items.name] = tuple(str(one[0] or one[1]) for one in asked)
-    return found
+    return {items.name: tuple(contexts(items.only(items.hashes[:limit])).values()) for items in split.tasks}
+
+
+def contexts(items: Items) -> dict[str, str]:
+    """Return what each item asks, by its hash, without what is to be answered; no labels are read."""
+    # Without a context it is the text itself that is predicted.
+    return {item: str(own[0].args[0] or own[0].args[1]) for item, own in _requests(items).items()}
 
 
 def _requests(items: Items) -> dict[str, list[Any]]:

@@ -3,15 +3,19 @@
 from pathlib import Path
 
 from composer.artefacts import Store, digest
-from composer.errors import RecipeError
 from composer.evaluation.scores import Scorer
 from composer.evaluation.statistics import paired_gain
 from composer.merging.plan import MergeOutcome
 from composer.mixture.card import model_card
 from composer.mixture.composite import MANIFEST, Composite, Expert
+from composer.mixture.examples import with_examples
+from composer.mixture.routing import Known, brief_of, candidates_of
 from composer.mixture.settings import RouterSection
 from composer.zoo import Checkpoint, Zoo
-from routers import ROUTERS, Candidate, Router, RouterManifest
+from routers import ROUTERS, Router
+
+SIMPLE = ("fixed", "random", "oracle")
+"""Routers that read no examples."""
 
 
 def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tuple[tuple[Expert, ...], dict[str, str]]:
@@ -86,7 +90,7 @@ def build_composite(
     left_out: dict[str, str],
     section: RouterSection,
     store: Store,
-    score: Scorer,
+    known: Known,
 ) -> Path:
     """Write a composite: manifest, router weights and model card.
 
@@ -96,14 +100,17 @@ def build_composite(
         left_out: Models that are in no expert, with the reason.
         section: The recipe's router settings.
         store: Where the composite is kept.
-        score: Scores a checkpoint on the proxy split; asked only when the fallback expert is to be found.
+        known: What can be found out about the experts; asked only where something hangs on it.
 
     Returns:
         The composite's directory.
 
     Raises:
-        RecipeError: if an expert has no example requests, or a named encoder or fallback is no expert.
+        RecipeError: if a name in the section is no expert.
+        RouterError: if the router cannot be built.
     """
+    if section.kind not in SIMPLE:
+        experts = with_examples(experts, known)
     key = digest(
         [
             name,
@@ -116,53 +123,22 @@ def build_composite(
     if path.exists():
         return path
     with store.new_directory("composites", key) as directory:
-        router = _router(experts, section, directory, score) if len(experts) > 1 else None
+        router = None
+        if len(experts) > 1:
+            router = ROUTERS.get(section.kind).build(brief_of(experts, section, known), directory)
         composite = Composite(name=name, experts=experts, router=router, left_out=left_out)
         composite.save(directory / MANIFEST)
         (directory / "README.md").write_text(model_card(composite))
     return path
 
 
-def _router(experts: tuple[Expert, ...], section: RouterSection, directory: Path, score: Scorer) -> RouterManifest:
-    names = [expert.id for expert in experts]
-    for key, value in (("encoder", section.encoder), ("fallback", section.fallback)):
-        if value != "auto" and value not in names:
-            raise RecipeError(f"mixture.router.{key}: '{value}' is no expert (the experts are: {', '.join(names)})")
-    silent = [expert.id for expert in experts if not expert.examples]
-    if silent:
-        member = experts[names.index(silent[0])].members[0]
-        raise RecipeError(
-            f"expert '{silent[0]}' has no example requests, so no prompt can find it; "
-            f"give 5 to 10 under zoo.models.{member}.examples"
-        )
-    fallback = section.fallback
-    if fallback == "auto":
-        fallback = max(experts, key=lambda expert: score(expert.checkpoint).mean).id
-    candidates = [
-        Candidate(
-            id=expert.id,
-            path=expert.checkpoint.path,
-            parameters=expert.checkpoint.parameters,
-            remote_code=expert.checkpoint.remote_code,
-            examples=expert.examples,
-        )
-        for expert in experts
-    ]
-    return ROUTERS.get(section.kind).build(
-        candidates,
-        directory,
-        encoder=section.encoder,
-        layer=section.layer,
-        margin=section.margin,
-        fallback=fallback,
-    )
-
-
 def load_router(directory: Path) -> Router | None:
-    """Load the router of a composite; None if it has a single expert."""
+    """Load the router of a composite; None if it has a single expert.
+
+    Raises:
+        RouterError: if its encoder cannot be loaded.
+    """
     composite = Composite.load(directory / MANIFEST)
     if composite.router is None:
         return None
-    encoder = composite[composite.router.encoder].checkpoint
-    kind = ROUTERS.get(composite.router.kind)
-    return kind.load(composite.router, directory, encoder.path, remote_code=encoder.remote_code)
+    return ROUTERS.get(composite.router.kind).load(composite.router, directory, candidates_of(composite.experts))

@@ -44,8 +44,8 @@ def model_card(composite: Composite) -> str:
             "",
             "## Routing",
             "",
-            f"Router `{router.kind}` on the first {router.layer} layers of {router.encoder}; unclear prompts go to "
-            f"{router.fallback}. Examples that find their expert when left out: {health}.",
+            f"Router `{router.kind}`{f' on {router.encoder.in_words}' if router.encoder else ''}; what is unclear "
+            f"goes to {router.policy.abstain_to}. Examples that find their expert when left out: {health}.",
             *[f"- warning: {warning}" for warning in router.warnings],
         ]
     if composite.left_out:

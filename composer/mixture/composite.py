@@ -16,6 +16,8 @@ class Expert(Value):
     """The zoo's models it is made of."""
     examples: tuple[str, ...]
     """Requests meant for it: those of its members."""
+    examples_from: str = "the recipe"
+    """Where they come from."""
     reason: str
     """Why it is in the mixture, in one sentence."""
 

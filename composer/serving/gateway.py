@@ -137,7 +137,8 @@ class _Gateway:
         """Return the decision for each text."""
         if self.router is None:
             only = self.composite.experts[0].id
-            return [Decision(expert=only, scores={only: 0.0}, margin=0.0) for _ in texts]
+            decision = Decision(expert=only, scores={only: 0.0}, confidence=1.0, margin=0.0, reason="the only expert")
+            return [decision for _ in texts]
         return [await run_in_threadpool(self.router.route, text) for text in texts]
 
     async def health(self) -> dict[str, str]:

@@ -1,0 +1,278 @@
+"""Routers that read: an encoder's feature of the text, and gates that score it.
+
+Kinds differ in their gates alone. Which expert's layers read, and how many of them, is chosen by leave-one-out on the
+example requests, without labels.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from composer.errors import RouterError
+from composer.registry import nearest
+from routers import Brief, Candidate, Decision, EncoderManifest, Router, RouterManifest
+from routers.encoders import Encoder, Pool, features_by_layer, load_encoder, make_table
+
+WEIGHTS = "router.safetensors"
+HEALTHY = 0.7
+"""Below this leave-one-out accuracy a router is reported as doubtful."""
+COLLINEAR = 10.0
+"""Above this condition number, some gates' directions are nearly the same."""
+FEW = 5
+"""Examples that an expert should have."""
+FOLDS = 10
+"""Parts in which gates that take long to fit are tried on what they have not seen."""
+
+
+class Gates(Protocol):
+    """Scores experts by features; one for each kind of router."""
+
+    pool: Pool
+    """Over which tokens of an example."""
+    bos: bool
+    """Whether examples and requests are read with the token that begins a text."""
+    learns: bool
+    """Whether labelled texts are of use beside the examples."""
+    quick: bool
+    """Whether fitting takes so little that every layer can be tried with every example left out."""
+
+    def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
+        """Make the gates.
+
+        Args:
+            features: `[texts, width]`.
+            shares: `[texts, experts]`, each row adds up to one: how far an expert is right for a text.
+            seed: Of what is drawn at random.
+
+        Returns:
+            What `score` needs, by name.
+        """
+        ...
+
+    def score(self, weights: dict[str, Tensor], features: Tensor) -> Tensor:
+        """Return the scores of texts, `[texts, experts]`, from their features, `[texts, width]`."""
+        ...
+
+    def directions(self, weights: dict[str, Tensor]) -> Tensor | None:
+        """Return the experts' directions among standardised features, `[experts, width]`; None if there are none."""
+        ...
+
+
+@dataclass
+class GatedRouter:
+    """An encoder, gates and a policy."""
+
+    manifest: RouterManifest
+    encoder: Encoder
+    gates: Gates
+    weights: dict[str, Tensor]
+
+    @torch.inference_mode()
+    def route(self, text: str) -> Decision:
+        """Return the expert for one text."""
+        scores = self.gates.score(self.weights, self.encoder(text)[None])[0]
+        return self.manifest.policy.decide(dict(zip(self.manifest.experts, scores.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    encoder: EncoderManifest
+    features: Tensor
+    """Of the examples."""
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class GatedKind:
+    """Builds and loads routers of one kind of gates."""
+
+    name: str
+    gates: Gates
+
+    def build(self, brief: Brief, directory: Path) -> RouterManifest:
+        """Choose the encoder, fit the gates, and write what they need into `directory`.
+
+        Ties go to the cheaper encoder: fewer layers first, then the smaller model.
+
+        Raises:
+            RouterError: if an expert has no example, two have the same ones, or the encoder cannot be loaded.
+        """
+        candidates = brief.candidates
+        _check_examples(candidates)
+        names = tuple(one.id for one in candidates)
+        texts = [text for one in candidates for text in one.examples]
+        own = [place for place, one in enumerate(candidates) for _ in one.examples]
+        shares = torch.nn.functional.one_hot(torch.tensor(own), len(candidates)).float()
+        choice = self._choose(brief, texts, shares)
+        encoder = choice.encoder
+        features = choice.features
+        if brief.table:
+            encoder = make_table(encoder.source, encoder.layers, candidates, directory)
+            read = load_encoder(encoder, directory, candidates)
+            features = torch.stack([read(text) for text in texts])
+        pairs = left_out(self.gates, features, shares, brief.seed)
+        labelled = brief.labelled if self.gates.learns else ()
+        if labelled:
+            read = load_encoder(encoder, directory, candidates, bos=self.gates.bos)
+            features = torch.cat([features, torch.stack([read(one.text) for one in labelled])])
+            shares = torch.cat(
+                [shares, torch.tensor([[one.shares.get(name, 0.0) for name in names] for one in labelled])]
+            )
+        weights = self.gates.fit(features, shares, brief.seed)
+        save_file({name: one.contiguous() for name, one in weights.items()}, directory / WEIGHTS)
+        confused = Counter(f"{names[a]} -> {names[b]}" for a, b in pairs if a != b)
+        accuracy = macro(pairs) if pairs else None
+        directions = self.gates.directions(weights)
+        condition = None if directions is None else condition_number(directions)
+        return RouterManifest(
+            kind=self.name,
+            experts=names,
+            policy=brief.policy,
+            encoder=encoder,
+            leave_one_out=accuracy,
+            confusions=dict(confused.most_common()),
+            condition=condition,
+            learnt_from=len(labelled),
+            warnings=_warnings(candidates, accuracy, confused, condition),
+        )
+
+    def load(self, manifest: RouterManifest, directory: Path, candidates: tuple[Candidate, ...]) -> Router:
+        """Load the gates from `directory`, and the encoder."""
+        assert manifest.encoder is not None  # noqa: S101 - `build` always gives one
+        encoder = load_encoder(manifest.encoder, directory, candidates, bos=self.gates.bos)
+        return GatedRouter(manifest, encoder, self.gates, load_file(directory / WEIGHTS))
+
+    def _choose(self, brief: Brief, texts: list[str], shares: Tensor) -> _Choice:
+        """Return the encoder that tells the examples apart best."""
+        pool = [one for one in brief.candidates if brief.encoder in ("auto", one.id)]
+        if not pool:
+            return self._sentence(brief.encoder, brief.candidates, texts, shares)
+        # Gates that take long to fit are chosen a layer for by those of router `prompt`.
+        trial = self.gates if self.gates.quick else _quick()
+        best: tuple[float, int, int, str] | None = None
+        found: _Choice | None = None
+        for candidate in sorted(pool, key=lambda one: one.parameters):
+            most = brief.most_layers if brief.layer == "auto" else brief.layer
+            by_layer = features_by_layer(candidate, texts, most, pool=self.gates.pool, bos=self.gates.bos)
+            layers = range(len(by_layer)) if brief.layer == "auto" else [len(by_layer) - 1]
+            for layer in layers:
+                accuracy = macro(left_out(trial, by_layer[layer], shares)) if len(layers) * len(pool) > 1 else 0.0
+                key = (-accuracy, layer, candidate.parameters, candidate.id)
+                if best is None or key < best:
+                    manifest = EncoderManifest(kind="layers", source=candidate.id, layers=layer)
+                    best, found = key, _Choice(manifest, by_layer[layer], accuracy)
+        assert found is not None  # noqa: S101 - every model has a layer
+        return found
+
+    def _sentence(self, source: str, candidates: Sequence[Candidate], texts: list[str], shares: Tensor) -> _Choice:
+        names = [one.id for one in candidates]
+        close = nearest(source, names)
+        if close:
+            raise RouterError(f"mixture.router.encoder: '{source}' is no expert{close}")
+        manifest = EncoderManifest(kind="sentence", source=source)
+        read = load_encoder(manifest, Path(), candidates)
+        return _Choice(manifest, torch.stack([read(text) for text in texts]), 0.0)
+
+
+def left_out(gates: Gates, features: Tensor, shares: Tensor, seed: int = 0) -> list[tuple[int, int]]:
+    """Return (own expert, chosen expert) of each example, by gates made without it.
+
+    Gates that take long to fit leave out several at once. Examples that are their expert's only one are passed over.
+
+    Args:
+        gates: What is tried.
+        features: `[examples, width]`.
+        shares: `[examples, experts]`.
+        seed: Of what is drawn at random.
+    """
+    labels = shares.argmax(dim=1)
+    counts = torch.bincount(labels, minlength=shares.shape[1])
+    usable = [place for place in range(len(labels)) if counts[labels[place]] > 1]
+    parts: list[list[int]] = [[place] for place in usable]
+    if not gates.quick:
+        # Every FOLDS-th example of each expert, so that none loses all of its own.
+        order = sorted(usable, key=lambda place: (int(labels[place]), place))
+        folds = min(FOLDS, *(int(counts[labels[place]]) for place in usable)) if usable else 0
+        parts = [order[number::folds] for number in range(folds)]
+    pairs = []
+    for part in parts:
+        kept = torch.ones(len(labels), dtype=torch.bool)
+        kept[part] = False
+        weights = gates.fit(features[kept], shares[kept], seed)
+        chosen = gates.score(weights, features[part]).argmax(dim=1)
+        pairs += [(int(labels[place]), int(one)) for place, one in zip(part, chosen, strict=True)]
+    return pairs
+
+
+def macro(pairs: list[tuple[int, int]]) -> float:
+    """Return the mean over experts of the share of their examples that came back to them."""
+    experts = sorted({own for own, _ in pairs})
+    if not experts:
+        return 0.0
+    shares = [[own == got for own, got in pairs if own == expert] for expert in experts]
+    return sum(sum(share) / len(share) for share in shares) / len(shares)
+
+
+def condition_number(directions: Tensor) -> float:
+    """Return the condition number of some directions, `[experts, width]`, each scaled to length 1.
+
+    One-vs-rest differences add up to about zero, which makes the smallest singular value small whatever the gates are;
+    so it is the second smallest that counts, unless there are two experts, which are opposite to each other.
+    """
+    if len(directions) < 3:
+        return 1.0
+    unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    values = torch.linalg.svdvals(unit)
+    return float(values[0] / values[len(directions) - 2].clamp_min(1e-12))
+
+
+def _quick() -> Gates:
+    from routers.prompt import gates
+
+    return gates
+
+
+def _check_examples(candidates: Sequence[Candidate]) -> None:
+    for one in candidates:
+        if not one.examples:
+            raise RouterError(f"expert '{one.id}' has no example requests, so no prompt can find it")
+    seen: dict[frozenset[str], str] = {}
+    for one in candidates:
+        other = seen.setdefault(frozenset(one.examples), one.id)
+        if other != one.id:
+            raise RouterError(
+                f"experts '{other}' and '{one.id}' have the same example requests, so nothing tells them apart; "
+                "give each its own, or leave one of them out"
+            )
+
+
+def _warnings(
+    candidates: Sequence[Candidate], accuracy: float | None, confused: Counter[str], condition: float | None
+) -> tuple[str, ...]:
+    warnings = []
+    owner: dict[str, str] = {}
+    for candidate in candidates:
+        if len(candidate.examples) < FEW:
+            warnings.append(f"{candidate.id} has {len(candidate.examples)} example requests; give 5 to 10")
+        if all(len(text.split()) < 2 for text in candidate.examples):
+            warnings.append(f"the examples of {candidate.id} are single words; whole requests route far better")
+        shared = [text for text in candidate.examples if owner.setdefault(text, candidate.id) != candidate.id]
+        if shared:
+            warnings.append(
+                f"{candidate.id} and {owner[shared[0]]} share {len(shared)} examples, e.g. {shared[0][:60]!r}"
+            )
+    if accuracy is not None and accuracy < HEALTHY:
+        pairs = ", ".join(f"{pair} ({count})" for pair, count in confused.most_common(3))
+        warnings.append(f"only {accuracy:.0%} of the examples find their own expert when left out: {pairs}")
+    if condition is not None and condition > COLLINEAR:
+        warnings.append(
+            f"some gates point nearly the same way (condition number {condition:.0f}): "
+            "the examples of some experts are alike"
+        )
+    return tuple(warnings)
