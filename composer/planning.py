@@ -13,6 +13,7 @@ from composer.merging.strategies import STRATEGIES, Foresighted
 from composer.recipe import Recipe
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint, Zoo
+from routers import SIMPLE
 
 # Rough constants, for estimates that are right within a factor of two or three on an ordinary CPU.
 PROCESS_GB = 1.0
@@ -64,6 +65,8 @@ class Plan(Value):
     merges: tuple[MergePlan, ...]
     """One per cluster, in the same order."""
     cost: Cost
+    notes: tuple[str, ...] = ()
+    """What whoever approves it should know."""
 
 
 def make_plan(
@@ -87,7 +90,7 @@ def make_plan(
 
     Raises:
         MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters or of a skipped model.
-        RecipeError: if there will be several experts and no prompt could find one of them.
+        RecipeError: if two clusters have the same example requests.
     """
     _check_examples(zoo, clusters)
     _check_skipped(recipe, zoo)
@@ -105,17 +108,32 @@ def make_plan(
         clusters=clusters,
         merges=tuple(plans),
         cost=_cost(zoo, clusters, plans, recipe, proxy_items, held_out_items),
+        notes=_notes(zoo, clusters, recipe),
     )
 
 
 def _check_examples(zoo: Zoo, clusters: tuple[Cluster, ...]) -> None:
+    seen: dict[frozenset[str], str] = {}
     for cluster in clusters:
-        if len(clusters) > 1 and not any(zoo.examples.get(name) for name in cluster.members):
-            name = cluster.members[0]
+        given = frozenset(text for name in cluster.members for text in zoo.examples.get(name, ()))
+        other = seen.setdefault(given, cluster.id)
+        if given and other != cluster.id:
             raise RecipeError(
-                f"{cluster.id} ({', '.join(cluster.members)}) has no example requests, so no prompt could find it; "
-                f"give 5 to 10 under zoo.models.{name}.examples"
+                f"{other} and {cluster.id} ({', '.join(cluster.members)}) have the same example requests, so nothing "
+                f"tells them apart; give others under zoo.models.{cluster.members[0]}.examples, or none: they are then "
+                "found in what it is good at"
             )
+
+
+def _notes(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str, ...]:
+    silent = [one for one in clusters if not any(zoo.examples.get(name) for name in one.members)]
+    if not silent or len(clusters) < 2 or recipe.mixture.router.kind in SIMPLE:
+        return ()
+    names = ", ".join(f"{one.id} ({', '.join(one.members)})" for one in silent)
+    return (
+        f"{names} has no example requests; they will be taken from model cards, the tasks it is best at or the texts "
+        "it predicts best. 5 to 10 under zoo.models.ID.examples route better",
+    )
 
 
 def _check_bases(recipe: Recipe, zoo: Zoo) -> None:

@@ -123,8 +123,10 @@ ROUTERS.register("prompt_glue", "routers.prompt_glue:kind")
 ROUTERS.register("fixed", "routers.simple:fixed")
 ROUTERS.register("random", "routers.simple:random")
 ROUTERS.register("oracle", "routers.simple:oracle")
+SIMPLE = ("fixed", "random", "oracle")
+"""Routers that read no examples."""
 
 __all__ = [
-    "ROUTERS", "Brief", "Candidate", "Decision", "EncoderManifest", "Labelled", "Policy", "Router", "RouterKind",
-    "RouterManifest",
+    "ROUTERS", "SIMPLE", "Brief", "Candidate", "Decision", "EncoderManifest", "Labelled", "Policy", "Router",
+    "RouterKind", "RouterManifest",
 ]  # fmt: skip

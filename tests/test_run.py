@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -214,6 +215,17 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     rows = {one["scores"]["subject"]: one for one in report["evidence"]["subjects"]}
     assert rows["quickstart"]["role"] == "composite"
     assert {one["id"] for one in report["zoo"]["members"]} <= set(rows)
+    asked = cli("router", "ask", str(run), "def add(a, b):", "--json")
+    assert json.loads(asked.stdout)["expert"] == "script-code", asked.stderr
+    seen = json.loads(cli("router", "report", str(run), "--json").stdout)
+    assert seen["prompts"] == 48 * len(report["evidence"]["routing"])
+    assert seen["value"]["best_for_each"] >= seen["value"]["routed"] > seen["value"]["random"]
+    (tmp_path / "traffic.txt").write_text("hello\n\nwhat is 3 + 4?\n")
+    before = (run / "composite").resolve()
+    tuned = cli("router", "tune", str(run), "--texts", str(tmp_path / "traffic.txt"), "--write")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "in the recipe: mixture: {router: {threshold:" in tuned.stdout
+    assert (run / "composite").resolve() != before
     page = (run / "report.html").read_text()
     for text in ("<svg", "stories-scrambled", report["evidence"]["verdict"].split(":")[0]):
         assert text in page
@@ -253,12 +265,18 @@ def test_plan_writes_nothing(recipe: Path, tmp_path: Path, cli: Cli) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_expert_that_no_prompt_could_find_is_found_in_the_plan(recipe: Path, cli: Cli) -> None:
-    recipe.write_text(RECIPE.replace("merge:", f"    - {{id: code, model: {MODELS}/script-code}}\nmerge:"))
+def test_the_plan_says_which_example_requests_are_missing_or_the_same(recipe: Path, cli: Cli) -> None:
+    line = f"    - {{id: code, model: {MODELS}/script-code}}\n"
+    recipe.write_text(RECIPE.replace("merge:", f"{line}merge:"))
+    result = cli("plan", str(recipe))
+    assert result.returncode == 0, result.stderr
+    assert "cluster-2 (code) has no example requests; they will be taken from" in " ".join(result.stdout.split())
+    given = re.findall(r"examples: \[(.*?)\]", RECIPE)
+    line = line.replace("script-code}", f"script-code, examples: [{', '.join(given)}]}}")
+    recipe.write_text(RECIPE.replace("merge:", f"{line}merge:"))
     result = cli("plan", str(recipe))
     assert result.returncode == 2
-    assert "(code) has no example requests" in result.stderr
-    assert "give 5 to 10 under zoo.models.code.examples" in result.stderr
+    assert "have the same example requests, so nothing tells them apart" in result.stderr
 
 
 def test_errors_are_one_line_and_an_exit_code(recipe: Path, cli: Cli) -> None:

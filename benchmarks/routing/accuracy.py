@@ -3,8 +3,8 @@
     COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/routing/accuracy.py [PART ...] --store DIR [--most SHARE]
 
 Parts: depth (every layer of each encoder), kinds (all routers at the layer that leave-one-out chooses), unseen (data
-sets that a fitted router saw and did not see), unknown (prompts of no expert's domain), tables (lookups). Accuracy is the
-mean over seven domains of the share of their prompts that find them, in percent, chance 14.3; intervals are 95 %
+sets that a fitted router saw and did not see), unknown (prompts of no expert's domain), tables (lookups). Accuracy is
+the mean over seven domains of the share of their prompts that find them, in percent, chance 14.3; intervals are 95 %
 bootstrap intervals over prompts. The label is the domain, not the expert that would answer best: regret.py measures
 that. Features are kept in the store.
 """
@@ -171,7 +171,7 @@ def kinds(bench: Bench) -> None:
             ]
             best = max(range(len(read)), key=lambda k: found_layers[k][0])
             show("kinds", kind=f"prompt_glue, {what}", encoder=encoder, best_layer_in_hindsight=best,
-                 accuracy=found_layers[best], median_layer=float(np.median([one[0] for one in found_layers])))  # fmt: skip
+                 accuracy=found_layers[best], median_layer=float(np.median([x[0] for x in found_layers])))  # fmt: skip
 
 
 def unseen(bench: Bench) -> None:

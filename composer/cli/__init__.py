@@ -14,7 +14,20 @@ import click
 from composer import __version__
 from composer.errors import INTERRUPTED, ComposerError, DiskFullError, is_disk_full
 
-VERBS = ("run", "plan", "validate", "inspect", "cluster", "serve", "ls", "show", "operators", "simmerge", "schema")
+VERBS = (
+    "run",
+    "plan",
+    "validate",
+    "inspect",
+    "cluster",
+    "serve",
+    "ls",
+    "show",
+    "operators",
+    "simmerge",
+    "router",
+    "schema",
+)
 
 
 class _Verbs(click.Group):

@@ -9,6 +9,8 @@ from composer.clustering import Cluster
 from composer.evaluation.evidence import Evidence
 from composer.merging.operators import Operator
 from composer.merging.plan import Advice
+from composer.mixture.composite import Composite
+from composer.mixture.tuning import RoutingReport
 from composer.planning import Plan
 from composer.similarity import SimilarityMatrix
 from composer.zoo.checkpoint import Checkpoint, Description, Zoo
@@ -43,6 +45,8 @@ def print_plan(plan: Plan, zoo: Zoo) -> None:
     console.print(
         f"needs about {cost.memory_gb:.1f} GB of RAM, {cost.disk_gb:.2f} GB of disk, {_duration(cost.seconds)}"
     )
+    for note in plan.notes:
+        console.print(Text(f"note: {note}"))
 
 
 def print_advice(cluster: str, advice: Advice) -> None:
@@ -61,6 +65,28 @@ def print_advice(cluster: str, advice: Advice) -> None:
             f"{one.novelty:.0%}",
         )
     console.print(table)
+
+
+def print_routing(report: RoutingReport, composite: Composite) -> None:
+    """Print where prompts go, what that is worth, and which were nearest to going elsewhere."""
+    names = [expert.id for expert in composite.experts]
+    table = Table(title=f"where {report.prompts} prompts go", title_justify="left")
+    table.add_column("prompts of")
+    for name in names:
+        table.add_column(name, justify="right")
+    for group, counts in report.routes.items():
+        table.add_row(group or "(no task)", *(str(counts.get(name, 0)) for name in names))
+    table.add_row("share of all", *(f"{report.share.get(name, 0):.0%}" for name in names))
+    console.print(table)
+    fallback = composite.router.policy.abstain_to if composite.router else names[0]
+    console.print(f"too unclear, left to {fallback}: {report.abstained:.1%}")
+    console.print(f"parameters an answer takes: {report.cost:.2f} of those of always {fallback}")
+    if report.value:
+        worth = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in report.value.items())
+        console.print(f"mean score on the proxy items: {worth}")
+    console.print("nearest to the border:")
+    for one in report.border:
+        console.print(Text(f"  {one.confidence:.2f}  {one.expert} or {one.other}: {' '.join(one.text.split())[:90]}"))
 
 
 def print_operators(operators: dict[str, Operator]) -> None:

@@ -1,5 +1,6 @@
 """Building a composite from what the merge stage left."""
 
+import shutil
 from pathlib import Path
 
 from composer.artefacts import Store, digest
@@ -12,10 +13,7 @@ from composer.mixture.examples import with_examples
 from composer.mixture.routing import Known, brief_of, candidates_of
 from composer.mixture.settings import RouterSection
 from composer.zoo import Checkpoint, Zoo
-from routers import ROUTERS, Router
-
-SIMPLE = ("fixed", "random", "oracle")
-"""Routers that read no examples."""
+from routers import ROUTERS, SIMPLE, Policy, Router
 
 
 def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tuple[tuple[Expert, ...], dict[str, str]]:
@@ -129,6 +127,28 @@ def build_composite(
         composite = Composite(name=name, experts=experts, router=router, left_out=left_out)
         composite.save(directory / MANIFEST)
         (directory / "README.md").write_text(model_card(composite))
+    return path
+
+
+def with_policy(directory: Path, policy: Policy, store: Store) -> Path:
+    """Return the directory of the same composite with another policy of its router.
+
+    Args:
+        directory: The composite; it has a router.
+        policy: What turns scores into decisions.
+        store: Where the new one is kept.
+    """
+    composite = Composite.load(directory / MANIFEST)
+    if composite.router is None:
+        raise ValueError("a single expert needs no policy")
+    changed = composite.model_copy(update={"router": composite.router.model_copy(update={"policy": policy})})
+    key = digest([directory.name, policy.model_dump()])
+    path = store.path("composites", key)
+    if not path.exists():
+        with store.new_directory("composites", key) as new:
+            shutil.copytree(directory, new, dirs_exist_ok=True)
+            changed.save(new / MANIFEST)
+            (new / "README.md").write_text(model_card(changed))
     return path
 
 
