@@ -7,7 +7,7 @@ error that gives the file, the line, what was read and the nearest right name.
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -24,6 +24,8 @@ from composer.serving.settings import ServeSection
 from composer.settings import Identifier, Section
 from composer.zoo.references import absolute
 from composer.zoo.settings import ZooSection
+
+S = TypeVar("S", bound=Section)
 
 
 class Recipe(Section):
@@ -112,6 +114,23 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
     return _validated(_Source(Path.cwd() / "recipe", document, overridden))
 
 
+def section_of(kind: type[S], key: str, settings: list[str]) -> S:
+    """Return a section of a recipe that has no file: its defaults, with some ``key=value`` settings changed.
+
+    Raises:
+        RecipeError: if a setting is wrong.
+    """
+    document: dict[str, Any] = {key: {}}
+    overridden = {_override(document, setting) for setting in settings}
+    source = _Source(Path.cwd() / "recipe", document, overridden)
+    plain = source.fill_in(document, ())
+    try:
+        return kind.model_validate(plain[key])
+    except ValidationError as error:
+        found = [{**item, "loc": (key, *item["loc"])} for item in error.errors()]
+        raise RecipeError("\n".join(source.explain(item, plain) for item in found)) from None
+
+
 def _validated(source: "_Source") -> Recipe:
     plain = source.fill_in(source.document, ())
     try:
@@ -123,7 +142,7 @@ def _validated(source: "_Source") -> Recipe:
 class _Source:
     """A recipe's text: finds the line that a key came from and words the errors."""
 
-    PATH_KEYS = frozenset({"include", "texts"})
+    PATH_KEYS = frozenset({"include", "labelled", "texts"})
     MODEL_KEYS = frozenset({"model", "base", "adapter"})
 
     def __init__(self, path: Path, document: Any, overridden: set[tuple[str | int, ...]]) -> None:

@@ -28,7 +28,7 @@ from composer.merging.merge import merge_cluster
 from composer.merging.plan import MergeOutcome
 from composer.merging.trials import TrialLog
 from composer.merging.workbench import Workbench
-from composer.mixture import MANIFEST, Composite, build_composite, choose_experts
+from composer.mixture import Composite, build_composite, choose_experts
 from composer.planning import Plan, make_plan
 from composer.probes import load_texts
 from composer.progress import Progress, Step
@@ -189,7 +189,7 @@ def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str,
     with stage("evaluate", runtime) as progress:
         # After a kill the endpoint of the serve stage is gone; it is brought up again here.
         endpoint = session.serving(state["composite"], progress).endpoint
-        composite = Composite.load(Path(state["composite"]) / MANIFEST)
+        composite = Composite.open(Path(state["composite"]))
         section = session.run.recipe.evaluate
         split = session.split("held_out")
         model = ComposedModel(
@@ -222,7 +222,7 @@ def report(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, A
             joins=joins(matrix, session.run.recipe.cluster),
             plan=Plan.load(state["plan"]),
             outcomes=tuple(outcomes),
-            composite=Composite.load(Path(state["composite"]) / MANIFEST),
+            composite=Composite.open(Path(state["composite"])),
             endpoint=Endpoint.load(state["endpoint"]),
             evidence=Evidence.load(state["evidence"]),
             seconds=_durations(session),

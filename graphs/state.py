@@ -137,7 +137,8 @@ class Session:
     def serving(self, composite: str, progress: Progress) -> Server:
         """Return the composite's server, started if this process has not started it yet."""
         if self.server is None:
-            self.server = Server(Path(composite), self.run.recipe.serve, self.run.logs, progress).__enter__()
+            run = self.run
+            self.server = Server(Path(composite), run.recipe.serve, run.logs, progress, run.store).__enter__()
         return self.server
 
     def close(self) -> None:

@@ -4,13 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from composer.artefacts import Store
-from composer.errors import RecipeError
+from composer.errors import RecipeError, ServeError
 from composer.evaluation.scores import Scores, TaskScore
 from composer.merging.plan import MergeOutcome, MergeStep, Trial
 from composer.mixture import MANIFEST, Composite, Expert, Known, build_composite, choose_experts, load_router
 from composer.mixture.examples import card_examples, text_losses, with_examples
+from composer.mixture.export import export_directory, litellm_models
+from composer.mixture.licences import licence_notes
 from composer.mixture.routing import by_losses, by_scores, read_labelled
 from composer.mixture.settings import RouterSection
 from composer.zoo import Checkpoint, Zoo
@@ -90,7 +93,7 @@ def test_a_composite_is_written_once_and_loads(quick: dict[str, Checkpoint], sto
     score = scores_of({"stories-math": (0.4, 0.4), "script-code": (0.6, 0.6)})
     path = build_composite("mix", experts, {"x": "broken"}, RouterSection(), store, known(score))
     assert build_composite("mix", experts, {"x": "broken"}, RouterSection(), store, NOT_ASKED) == path
-    composite = Composite.load(path / MANIFEST)
+    composite = Composite.open(path)
     assert composite.router is not None
     assert composite.router.policy.abstain_to == "script-code", "the strongest on the proxy split"
     router = load_router(path)
@@ -196,3 +199,68 @@ def test_experts_without_examples_get_some_from_what_they_are_good_at(
     asked, _ = with_examples((carded, spoken), NOT_ASKED)
     assert asked.examples == ("How many legs have 3 cats?", "What is 7 times 8?")
     assert asked.examples_from == "its model card"
+
+
+@pytest.fixture
+def mixed(quick: dict[str, Checkpoint], store: Store) -> Path:
+    experts = (expert(quick["stories-math"], MATH), expert(quick["script-code"], CODE))
+    return build_composite("mix", experts, {}, RouterSection(abstain_to="script-code"), store, NOT_ASKED)
+
+
+def test_an_exported_composite_is_the_same_wherever_it_is_moved(mixed: Path, store: Store, tmp_path: Path) -> None:
+    out = export_directory(mixed, tmp_path / "out", store)
+    moved = tmp_path / "elsewhere" / "mix"
+    moved.parent.mkdir()
+    shutil.copytree(out, moved)
+    shutil.rmtree(out)
+    before, after = Composite.open(mixed), Composite.open(moved)
+    assert [one.checkpoint.content_hash for one in after.experts] == [e.checkpoint.content_hash for e in before.experts]
+    after.verify(Store(tmp_path / "another-store"))
+    first, second = load_router(mixed), load_router(moved)
+    assert first is not None
+    assert second is not None
+    for text in (*MATH, *CODE, ""):
+        assert first.route(text) == second.route(text)
+    assert str(tmp_path) not in (moved / MANIFEST).read_text(), "no path of this machine goes along"
+    assert "stories-math" in (moved / "README.md").read_text()
+    with pytest.raises(ServeError, match="is not empty"):
+        export_directory(mixed, moved, store)
+    with pytest.raises(ServeError, match="holds no composite"):
+        Composite.open(tmp_path)
+
+
+def test_an_expert_that_changed_is_refused(mixed: Path, store: Store, tmp_path: Path) -> None:
+    out = export_directory(mixed, tmp_path / "out", store)
+    weights = out / "experts" / "stories-math" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()  # it may be a link
+    weights.write_bytes(content)
+    with pytest.raises(ServeError, match=r"expert 'stories-math': .* has changed since the composite was built"):
+        Composite.open(out).verify(store)
+    shutil.rmtree(out / "experts" / "script-code")
+    weights.unlink()
+    shutil.copy2(Path(Composite.open(mixed)["stories-math"].checkpoint.path) / "model.safetensors", weights)
+    with pytest.raises(ServeError, match=r"expert 'script-code': .* is gone"):
+        Composite.open(out).verify(store)
+
+
+def test_a_proxy_gets_every_name_and_no_key(mixed: Path) -> None:
+    models = yaml.safe_load(litellm_models(Composite.open(mixed), "http://127.0.0.1:8000"))["model_list"]
+    assert [one["model_name"] for one in models] == ["mix", "stories-math", "script-code"]
+    assert models[0]["litellm_params"] == {
+        "model": "openai/mix",
+        "api_base": "http://127.0.0.1:8000/v1",
+        "api_key": "os.environ/MODEL_COMPOSER_API_KEY",
+    }
+
+
+def test_licences_that_do_not_go_together_are_said() -> None:
+    assert licence_notes({"a": "apache-2.0", "b": "MIT"}) == ()
+    assert "no licence is stated for b" in licence_notes({"a": "mit", "b": None})[0]
+    assert "cc-by-nc-4.0 (a) forbids commercial use" in licence_notes({"a": "cc-by-nc-4.0", "b": "mit"})[0]
+    assert "terms of its own" in licence_notes({"a": "llama3.1"})[0]
+    assert "conflict" not in " ".join(licence_notes({"a": "gpl-3.0", "b": "mit"}))
+    assert "conflict: what is made under one of cc-by-nc-4.0, gpl-3.0" in " ".join(
+        licence_notes({"a": "gpl-3.0", "b": "cc-by-nc-4.0", "c": "mit"})
+    )

@@ -20,7 +20,7 @@ from composer.errors import EvaluationError, ServeError
 from composer.evaluation.endpoint import ComposedModel, _likelihood
 from composer.evaluation.in_process import score_checkpoint
 from composer.evaluation.tasks import load_split, run_tasks
-from composer.mixture import MANIFEST, Composite, Expert, build_composite
+from composer.mixture import Composite, Expert, build_composite
 from composer.mixture.settings import RouterSection
 from composer.serving.engines import ENGINES
 from composer.serving.server import Server
@@ -137,7 +137,7 @@ def test_scores_through_the_endpoint_are_those_in_process(
     served: Server, quick: dict[str, Checkpoint], shared_store: Store
 ) -> None:
     split = load_split(["quick_math", "quick_code"], "held_out", include=str(QUICKSTART / "tasks"), limit=24)
-    composite = Composite.load(served.directory / MANIFEST)
+    composite = Composite.open(served.directory)
     model = ComposedModel(served.endpoint, composite)
     together = run_tasks(model, split, "mix")
     alone = {name: score_checkpoint(quick[name], split, shared_store) for name in ("stories-math", "script-code")}
@@ -173,7 +173,7 @@ def test_transformers_serve_steps_in(quick: dict[str, Checkpoint], shared_store:
         answer = client.completions.create(model="mix", prompt="Once upon a time", max_tokens=8, temperature=0)
         assert answer.choices[0].text
         split = load_split(["quick_math"], "held_out", include=str(QUICKSTART / "tasks"), limit=8)
-        composite = Composite.load(directory / MANIFEST)
+        composite = Composite.open(directory)
         assert not server.endpoint.scores_prompts
         together = run_tasks(ComposedModel(server.endpoint, composite), split, "mix")
         assert together.tasks == score_checkpoint(quick["stories-math"], split, shared_store).tasks

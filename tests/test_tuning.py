@@ -6,7 +6,7 @@ from math import exp
 import pytest
 
 from composer.artefacts import Store
-from composer.mixture import MANIFEST, Composite, Expert, Known, build_composite, load_router
+from composer.mixture import Composite, Expert, Known, build_composite, load_router
 from composer.mixture.build import with_policy
 from composer.mixture.settings import RouterSection
 from composer.mixture.tuning import Observed, best_of, observe, report, tune
@@ -101,7 +101,7 @@ def test_a_composite_takes_another_policy_and_keeps_the_rest(quick: dict[str, Ch
     means = {"stories-math": (0.5, 0.5), "script-code": (0.6, 0.4)}
     contexts = {"a": {"0": MATH[0], "1": CODE[0]}}
     known = Known(score=scores_of(means), contexts=lambda: contexts, losses=NOT_ASKED.losses)
-    seen = observe(router, Composite.load(path / MANIFEST), known, ["anything"])
+    seen = observe(router, Composite.open(path), known, ["anything"])
     assert [one.group for one in seen] == ["a", "a", ""]
     assert seen[0].values == {"stories-math": 1.0, "script-code": 1.0}
     changed = with_policy(path, Policy(abstain_to="script-code", threshold=0.999), store)

@@ -110,12 +110,12 @@ def _find(run: str) -> Run:
 
 def _observed(run: Run, texts: Path | None, *, quiet: bool) -> "tuple[Composite, Router, list[Observed]]":
     from composer.cli.progress import progress_bar
-    from composer.mixture import MANIFEST, Composite, load_router
+    from composer.mixture import Composite, load_router
     from composer.mixture.tuning import observe
     from composer.progress import Step
     from graphs.state import Session
 
-    composite = Composite.load(run.composite.resolve() / MANIFEST)
+    composite = Composite.open(run.composite.resolve())
     router = load_router(run.composite.resolve())
     if router is None:
         raise RouterError("the composite has a single expert; there is nothing to route")

@@ -116,10 +116,10 @@ def _tell(run: Run, as_json: bool) -> None:
         )
         return
     from composer.cli.tables import print_evidence
-    from composer.mixture import MANIFEST, Composite
+    from composer.mixture import Composite
 
     print_evidence(evidence)
-    router = Composite.load(run.composite / MANIFEST).router
+    router = Composite.open(run.composite).router
     for warning in router.warnings if router else ():
         click.echo(f"warning: router: {warning}")
     click.echo(f"report: {run.path / 'report.html'}")

@@ -2,14 +2,18 @@
 
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from composer.artefacts import Store
 from composer.cli.options import json_option, print_json
 from composer.errors import RecipeError, ServeError
-from composer.recipe import override
+from composer.mixture.composite import MANIFEST
+from composer.recipe import override, section_of
 from composer.runs import Run, runs_root
+from composer.serving.settings import ServeSection
 
 if TYPE_CHECKING:
     from composer.serving.server import Server
@@ -20,26 +24,35 @@ if TYPE_CHECKING:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @json_option
 def command(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Serve the composite of a run until Ctrl-C. RUN is a path, a run's or a recipe's name.
+    """Serve the composite of a run until Ctrl-C. RUN is a path, a run's or a recipe's name, or what 'export' wrote.
 
     The recipe's serve settings can be overridden: model-composer serve quickstart port=9000
     """
-    found = Run.find(run, runs_root())
-    if not found.composite.exists():
-        raise RecipeError(f"{found.name} has no composite yet; 'model-composer run' with its recipe makes it")
-    settings = [one if one.startswith("serve.") else f"serve.{one}" for one in overrides]
-    section = override(found.recipe, settings).serve
     from composer.cli.progress import progress_bar
     from composer.serving.server import Server
 
+    directory, section, logs, store = _served(run, overrides)
     with progress_bar(quiet=as_json) as progress:
-        server = Server(found.composite.resolve(), section, found.logs, progress).__enter__()
+        server = Server(directory, section, logs, progress, store).__enter__()
     try:
         if as_json:
             print_json(server.endpoint.model_dump(mode="json"))
         serve_until_stopped(server, quiet=as_json)
     finally:
         server.stop()
+
+
+def _served(run: str, overrides: tuple[str, ...]) -> "tuple[Path, ServeSection, Path, Store]":
+    """Return the composite's directory, its settings, where logs go, and the store."""
+    settings = [one if one.startswith("serve.") else f"serve.{one}" for one in overrides]
+    if (Path(run) / MANIFEST).is_file():
+        root = runs_root()
+        section = section_of(ServeSection, "serve", settings)
+        return Path(run).resolve(), section, root / "logs" / Path(run).resolve().name, Store(root / "store")
+    found = Run.find(run, runs_root())
+    if not found.composite.exists():
+        raise RecipeError(f"{found.name} has no composite yet; 'model-composer run' with its recipe makes it")
+    return found.composite.resolve(), override(found.recipe, settings).serve, found.logs, found.store
 
 
 def serve_until_stopped(server: "Server", *, quiet: bool = False) -> None:

@@ -138,7 +138,7 @@ def with_policy(directory: Path, policy: Policy, store: Store) -> Path:
         policy: What turns scores into decisions.
         store: Where the new one is kept.
     """
-    composite = Composite.load(directory / MANIFEST)
+    composite = Composite.open(directory)
     if composite.router is None:
         raise ValueError("a single expert needs no policy")
     changed = composite.model_copy(update={"router": composite.router.model_copy(update={"policy": policy})})
@@ -158,7 +158,7 @@ def load_router(directory: Path) -> Router | None:
     Raises:
         RouterError: if its encoder cannot be loaded.
     """
-    composite = Composite.load(directory / MANIFEST)
+    composite = Composite.open(directory)
     if composite.router is None:
         return None
     return ROUTERS.get(composite.router.kind).load(composite.router, directory, candidates_of(composite.experts))

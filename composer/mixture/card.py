@@ -1,11 +1,14 @@
 """The model card of a composite."""
 
 from composer.mixture.composite import Composite
+from composer.mixture.licences import licence_notes
 
 
 def model_card(composite: Composite) -> str:
     """Return a model card in Markdown: experts, lineage, licences, routing."""
-    licences = sorted({expert.checkpoint.licence or "not stated" for expert in composite.experts})
+    licences = {name: licence for expert in composite.experts for name, licence in expert.licences.items()}
+    stated = sorted({licence or "not stated" for licence in licences.values()})
+    least, most = composite.active
     lines = [
         "---",
         "library_name: model-composer",
@@ -17,6 +20,9 @@ def model_card(composite: Composite) -> str:
         f"A mixture of {len(composite.experts)} whole models; one answers each prompt."
         if len(composite.experts) > 1
         else "A single model.",
+        "",
+        f"{composite.parameters:,} parameters in all; on one answer work {least:,}"
+        f"{f' to {most:,}' if most > least else ''}.",
         "",
         "| expert | made of | operator | parameters | licence |",
         "|---|---|---|---|---|",
@@ -35,7 +41,8 @@ def model_card(composite: Composite) -> str:
         lines += ["", f"Made from models that had been quantised, and lost precision then: {named}."]
     lines += [
         "",
-        f"Licences of the experts: {', '.join(licences)}. The licences of their sources apply to merges.",
+        f"Licences of the models in it: {', '.join(stated)}.",
+        *[f"- {note}" for note in licence_notes(licences)],
     ]
     if composite.router:
         router = composite.router

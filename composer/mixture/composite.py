@@ -1,5 +1,10 @@
 """The composite: a manifest that is enough to rebuild or serve it."""
 
+from pathlib import Path
+from typing import Self
+
+from composer.artefacts import Store
+from composer.errors import ServeError, ZooError
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint
 from routers import RouterManifest
@@ -21,6 +26,12 @@ class Expert(Value):
     reason: str
     """Why it is in the mixture, in one sentence."""
 
+    @property
+    def licences(self) -> dict[str, str | None]:
+        """Licence of every model it is made of, by id."""
+        lineage = self.checkpoint.lineage
+        return dict(lineage.licences) if lineage and lineage.licences else {self.id: self.checkpoint.licence}
+
 
 class Composite(Value):
     """What is served: experts, and the router between them."""
@@ -34,3 +45,60 @@ class Composite(Value):
 
     def __getitem__(self, name: str) -> Expert:
         return next(expert for expert in self.experts if expert.id == name)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all experts together."""
+        return sum(expert.checkpoint.parameters for expert in self.experts)
+
+    @property
+    def active(self) -> tuple[int, int]:
+        """Parameters that work on one answer, at least and at most."""
+        each = [expert.checkpoint.parameters for expert in self.experts]
+        return min(each), max(each)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the composite in a directory; experts that lie in it are found wherever it has been moved to.
+
+        Raises:
+            ServeError: if there is none.
+        """
+        file = directory / MANIFEST
+        if not file.is_file():
+            raise ServeError(f"{directory} holds no composite: there is no {MANIFEST}")
+        found = cls.load(file)
+        experts = []
+        for expert in found.experts:
+            # An absolute path stays what it is.
+            checkpoint = expert.checkpoint.model_copy(update={"path": str(directory / expert.checkpoint.path)})
+            experts.append(expert.model_copy(update={"checkpoint": checkpoint}))
+        return found.model_copy(update={"experts": tuple(experts)})
+
+    def verify(self, store: Store) -> None:
+        """Check that every expert is still what the composite was built with.
+
+        Hashes are remembered by size and time, so files that have not changed are not read again. What the program
+        keeps in its store is never rewritten, and only has to be there.
+
+        Raises:
+            ServeError: naming the expert, and the way out.
+        """
+        from composer.zoo import inspect_checkpoint
+
+        for expert in self.experts:
+            checkpoint = expert.checkpoint
+            path = Path(checkpoint.path)
+            if not path.is_dir():
+                raise ServeError(f"expert '{expert.id}': {path} is gone; run the recipe again")
+            if path.resolve().is_relative_to(store.root.resolve()):
+                continue
+            try:
+                now = inspect_checkpoint(expert.id, path, store, trust_remote_code=checkpoint.remote_code)
+            except ZooError as error:
+                raise ServeError(f"expert '{expert.id}': {error}") from error
+            if now.content_hash != checkpoint.content_hash:
+                raise ServeError(
+                    f"expert '{expert.id}': {path} has changed since the composite was built (content hash "
+                    f"{now.content_hash[:12]}, was {checkpoint.content_hash[:12]}); run the recipe again"
+                )

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 import uvicorn
 
+from composer.artefacts import Store
 from composer.errors import ServeError
-from composer.mixture import MANIFEST, Composite, load_router
+from composer.mixture import Composite, load_router
 from composer.progress import Progress, Step, silent
 from composer.serving.gateway import EngineAddress, create_app
 from composer.serving.settings import ServeSection
@@ -42,12 +43,31 @@ class Server:
     the context closes, by whatever way.
     """
 
-    def __init__(self, directory: Path, section: ServeSection, logs: Path, progress: Progress = silent) -> None:
-        """Prepare to serve the composite in `directory`; `logs` takes the engines' output."""
+    def __init__(
+        self,
+        directory: Path,
+        section: ServeSection,
+        logs: Path,
+        progress: Progress = silent,
+        store: Store | None = None,
+    ) -> None:
+        """Prepare to serve a composite.
+
+        Args:
+            directory: Where it is.
+            section: The recipe's serve settings.
+            logs: Takes the engines' output.
+            progress: Told of each engine.
+            store: Remembers hashes; where it is given, experts that have changed since they were built are refused.
+
+        Raises:
+            ServeError: if there is no composite.
+        """
+        self.store = store
         self.directory = directory
         self.section = section
         self.progress = progress
-        self.composite = Composite.load(directory / MANIFEST)
+        self.composite = Composite.open(directory)
         self.supervisor = Supervisor(self.composite, section, logs, progress)
         self.endpoint: Endpoint
         self._gateway: uvicorn.Server | None = None
@@ -58,10 +78,12 @@ class Server:
         """Start everything and wait until it answers.
 
         Raises:
-            ServeError: if the port is taken, or an engine cannot be started.
+            ServeError: if the port is taken, an expert has changed, or an engine cannot be started.
         """
         try:
             self._socket = _listen(self.section.host, self.section.port)
+            if self.store is not None:
+                self.composite.verify(self.store)
             self.supervisor.start()
             self.progress(Step(stage="serve", message="loading the router"))
             self._start_gateway(self._socket)
