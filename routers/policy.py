@@ -1,8 +1,12 @@
 """The policy: how scores become a decision."""
 
 from math import exp
+from typing import Literal
 
 from composer.value import Value
+
+Scope = Literal["last", "first", "conversation"]
+"""What of a chat is read: the last user message, the first one (a conversation then stays with one expert), or all."""
 
 
 class Decision(Value):
@@ -36,6 +40,7 @@ class Policy(Value):
     """Experts whose probability is less than this behind the likeliest one's are as good."""
     costs: dict[str, float] = {}
     """What an answer costs, e.g. the number of parameters; of experts that are as good, the cheapest answers."""
+    scope: Scope = "last"
 
     def probabilities(self, scores: dict[str, float]) -> dict[str, float]:
         """Return the probability of each expert."""

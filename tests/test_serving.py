@@ -23,6 +23,7 @@ from composer.evaluation.tasks import load_split, run_tasks
 from composer.mixture import Composite, Expert, build_composite
 from composer.mixture.settings import RouterSection
 from composer.serving.engines import ENGINES
+from composer.serving.gateway import _user_text
 from composer.serving.server import Server
 from composer.serving.settings import ServeSection
 from composer.zoo import Checkpoint
@@ -115,6 +116,42 @@ def test_prompts_of_one_request_go_to_different_experts_and_come_back_in_order(c
     alone = [client.completions.create(model="mix", prompt=one, max_tokens=6, temperature=0) for one in prompts]
     assert [choice.index for choice in together.choices] == [0, 1, 2]
     assert [choice.text for choice in together.choices] == [one.choices[0].text for one in alone]
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_too_long_is_routed_and_refused_in_words(client: openai.OpenAI) -> None:
+    for call in (
+        lambda text: client.completions.create(model="mix", prompt=text, max_tokens=1),
+        lambda text: client.chat.completions.create(
+            model="mix", messages=[{"role": "user", "content": text}], max_tokens=1
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"context length|longer than|max_model_len") as refused:
+            call(" ".join(MATH * 200))
+        assert refused.value.response.headers["x-composer-expert"] == "stories-math"
+
+
+@pytest.mark.slow
+def test_an_empty_prompt_is_routed_and_what_its_engine_says_is_passed_on(served: Server) -> None:
+    body = {"model": "mix", "messages": [{"role": "user", "content": ""}], "max_tokens": 2}
+    answer = httpx.post(f"{served.endpoint.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.headers["x-composer-expert"] in ("stories-math", "script-code")
+    assert answer.status_code == 200 or "empty" in answer.json()["error"]["message"]
+
+
+def test_what_of_a_chat_is_read_is_for_the_policy_to_say() -> None:
+    parts = [{"type": "text", "text": "first"}, {"type": "image_url", "image_url": {}}]
+    body = {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "last"},
+        ]
+    }
+    assert _user_text(body, "last") == "last"
+    assert _user_text(body, "first") == "first\n"
+    assert _user_text(body, "conversation") == "first\n\nlast"
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def brief_of(experts: Sequence[Expert], section: RouterSection, known: Known) ->
             temperature=section.temperature,
             weights=section.weights,
             tie=section.tie,
+            scope=section.scope,
             costs={expert.id: float(expert.checkpoint.parameters) for expert in experts},
         ),
         encoder=section.encoder,

@@ -38,6 +38,9 @@ class RouterSection(Section):
     """Factors on experts' probabilities, to send more or fewer prompts their way."""
     tie: float = Field(default=0.0, ge=0, lt=1)
     """Experts whose probability is less than this behind the likeliest one's are as good: the smallest answers."""
+    scope: Literal["last", "first", "conversation"] = "last"
+    """What of a chat is read: the last user message, the first one, so that a conversation stays with one expert, or
+    all user messages together."""
 
 
 class MixtureSection(Section):

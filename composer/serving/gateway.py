@@ -19,6 +19,7 @@ from composer import __version__
 from composer.mixture.composite import Composite
 from composer.registry import nearest
 from routers import Decision, Router
+from routers.policy import Scope
 
 
 class RequestError(Exception):
@@ -90,11 +91,11 @@ def create_app(composite: Composite, router: Router | None, engines: dict[str, E
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        """Answer a chat; the last user message decides the expert."""
+        """Answer a chat; what of it decides the expert is for the policy to say."""
         body = await _body(request)
         expert = gateway.named(body)
         if expert is None:
-            decision = (await gateway.route([_last_user_text(body)]))[0]
+            decision = (await gateway.route([_user_text(body, gateway.scope)]))[0]
             return await gateway.forward("chat/completions", body, decision.expert, decision.margin)
         return await gateway.forward("chat/completions", body, expert)
 
@@ -118,6 +119,11 @@ class _Gateway:
         self.router = router
         self.engines = engines
         self.client: httpx.AsyncClient
+
+    @property
+    def scope(self) -> Scope:
+        """What of a chat is read."""
+        return self.router.manifest.policy.scope if self.router else "last"
 
     def named(self, body: dict[str, Any]) -> str | None:
         """Return the expert that a request names, None if it names the composite.
@@ -260,8 +266,8 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-def _last_user_text(body: dict[str, Any]) -> str:
-    """Return the text of the last user message.
+def _user_text(body: dict[str, Any], scope: Scope) -> str:
+    """Return the text of the user messages that decide the expert.
 
     Raises:
         RequestError: 400 if there is none.
@@ -269,14 +275,15 @@ def _last_user_text(body: dict[str, Any]) -> str:
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise RequestError(400, "'messages' must be a list", "messages")
-    for message in reversed(messages):
-        if isinstance(message, dict) and message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, str):
-                return content
-            if isinstance(content, list):
-                return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    raise RequestError(400, "'messages' holds no user message with text", "messages")
+    asked = [one.get("content") for one in messages if isinstance(one, dict) and one.get("role") == "user"]
+    texts = [
+        one if isinstance(one, str) else "\n".join(str(part.get("text", "")) for part in one if isinstance(part, dict))
+        for one in asked
+        if isinstance(one, (str, list))
+    ]
+    if not texts:
+        raise RequestError(400, "'messages' holds no user message with text", "messages")
+    return {"last": texts[-1], "first": texts[0], "conversation": "\n".join(texts)}[scope]
 
 
 def _error(status: int, message: str, parameter: str | None = None) -> JSONResponse:
