@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from composer.settings import Identifier, Section, named
+from composer.value import Value
 from routers import ROUTERS
 
 
@@ -31,3 +32,16 @@ class MixtureSection(Section):
     router: RouterSection = RouterSection()
     top_k: Literal[1] = 1
     """How many experts answer one prompt."""
+
+
+class LayerSettings(Value):
+    """How experts are mixed inside one model."""
+
+    dense_layers: int = Field(default=0, ge=0)
+    """The first layers, which are the dense model's alone."""
+    top_k: int = Field(default=1, ge=1)
+    """How many experts work on one token, or one prompt."""
+    routing: Literal["token", "sample"] = "token"
+    """Whether each token goes its own way, or all of an answer goes the way that its prompt decides."""
+    shared_gate: bool = False
+    """Whether one gate, before the first layer of experts, decides for all layers."""
