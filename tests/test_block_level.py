@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,19 @@ from torch import Tensor
 
 from composer.artefacts import Store
 from composer.errors import RecipeError
-from composer.mixture.blocks import BlockMixtureForCausalLM, MixtureCache, MixtureLayer, build_blocks, register
+from composer.mixture.blocks import BlockMixtureForCausalLM, MixtureCache, MixtureLayer, build_blocks
 from composer.mixture.gates import Gates, gate_inputs
 from composer.mixture.settings import LayerSettings
 from composer.mixture.shapes import check_level
 from composer.zoo import Checkpoint, inspect_checkpoint
 from tests.checkpoints import write_checkpoint
-from tests.conftest import MODELS
+from tests.mixtures import GREEDY, TEXTS, TINY, Batch, answers, batch_of, close, load, logits, made_of
 
 EXPERTS = ("stories-math", "stories-science", "stories-law")
-TEXTS = (
-    "What is 7 times 8?",
-    "Once upon a time there was a little girl who",
-    "The court may",
-    "Plants make sugar from light, water and",
-)
 SETTINGS = [
     LayerSettings(routing=routing, shared_gate=shared, top_k=top_k, dense_layers=dense)  # type: ignore[arg-type]
     for routing, shared, top_k, dense in product(("token", "sample"), (False, True), (1, 2), (0, 2))
 ]
-GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
 Build = Callable[..., BlockMixtureForCausalLM]
 
 
@@ -46,13 +38,6 @@ def those(**wanted: object) -> pytest.MarkDecorator:
     """Parametrise a test over the settings that are as wanted."""
     chosen = [one for one in SETTINGS if all(getattr(one, key) == value for key, value in wanted.items())]
     return pytest.mark.parametrize("settings", chosen, ids=names)
-
-
-def load(path: Path | str, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    register()
-    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": torch.float32, **options}).eval()
 
 
 def some_gates(dense: Checkpoint, experts: int, settings: LayerSettings, seed: int = 0) -> Gates:
@@ -90,50 +75,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def mixed(build: Build, quick: dict[str, Checkpoint]) -> Callable[[LayerSettings], BlockMixtureForCausalLM]:
     """Mix three models that differ."""
     return lambda settings: build([quick[name] for name in EXPERTS], quick["stories"], settings)
-
-
-@dataclass
-class Batch:
-    ids: Tensor
-    mask: Tensor
-
-    def __getitem__(self, rows: Any) -> "Batch":
-        return Batch(self.ids[rows], self.mask[rows])
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.ids, "attention_mask": self.mask}
-
-
-def batch_of(*texts: str, side: str = "left", more: int = 0, like: str = "stories") -> Batch:
-    """Tokenise texts, padded to the longest and by `more` tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / like)
-    rows = [tokenizer(text).input_ids for text in texts]
-    width = max(map(len, rows)) + more
-    ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.long)
-    for row, own in enumerate(rows):
-        place = slice(width - len(own), width) if side == "left" else slice(0, len(own))
-        ids[row, place], mask[row, place] = torch.tensor(own), 1
-    return Batch(ids, mask)
-
-
-def logits(model: Any, batch: Batch) -> list[Tensor]:
-    """Return the logits of each text's own tokens."""
-    with torch.inference_mode():
-        found = model(**batch.inputs).logits
-    return [row[mask.bool()] for row, mask in zip(found, batch.mask, strict=True)]
-
-
-def answers(model: Any, batch: Batch, **options: Any) -> Tensor:
-    """Return the tokens of answers, by default greedy ones, `[batch, 6]`."""
-    found: Tensor = model.generate(**batch.inputs, **{**GREEDY, **options})
-    return found[:, batch.ids.shape[1] :]
-
-
-def close(first: list[Tensor], second: list[Tensor], tolerance: float = 1e-4) -> bool:
-    return all(torch.allclose(a, b, atol=tolerance, rtol=0) for a, b in zip(first, second, strict=True))
 
 
 @those(top_k=1)
@@ -331,23 +272,6 @@ def test_it_runs_in_bfloat16_with_gates_in_float32(routing: Any, build: Build, q
     assert answers(half, batch).shape == (4, 6)
     for exact, rounded in zip(logits(model, batch), logits(half, batch), strict=True):
         assert torch.nn.functional.cosine_similarity(exact, rounded.float(), dim=-1).min() > 0.99
-
-
-def made_of(config: Any, directory: Path, store: Store, seed: int = 0) -> Checkpoint:
-    """Write a tiny model of an architecture, with weights drawn at random."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODELS / "stories" / name, directory / name)
-    return inspect_checkpoint(directory.name, directory, store)
-
-
-TINY = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "initializer_range": 0.2,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

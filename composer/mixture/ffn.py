@@ -131,7 +131,6 @@ def _config(form: Form, experts: Sequence[Checkpoint], dense: Checkpoint, settin
     if form == "mixtral":
         own: dict[str, Any] = {"intermediate_size": size, "num_local_experts": len(experts)}
     else:
-        kept.pop("sliding_window", None)
         own = {
             "intermediate_size": dense.intermediate_size,
             "moe_intermediate_size": size,
@@ -143,10 +142,9 @@ def _config(form: Form, experts: Sequence[Checkpoint], dense: Checkpoint, settin
     if form == "qwen2_moe":
         own |= {"shared_expert_intermediate_size": SHARED_EXPERT, "qkv_bias": True}
     architecture = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[form]
-    return AutoConfig.for_model(
-        form,
-        architectures=[f"{architecture}ForCausalLM"],
-        num_experts_per_tok=settings.top_k,
-        **kept,
-        **own,
+    config = AutoConfig.for_model(
+        form, architectures=[f"{architecture}ForCausalLM"], num_experts_per_tok=settings.top_k, **kept, **own
     )
+    if form != "mixtral":
+        config.sliding_window = None  # which transformers makes 0 where there is none
+    return config
