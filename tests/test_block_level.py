@@ -13,12 +13,15 @@ from torch import Tensor
 
 from composer.artefacts import Store
 from composer.errors import RecipeError
+from composer.evaluation.live import LiveScorer
+from composer.evaluation.tasks import Split
 from composer.mixture.blocks import BlockMixtureForCausalLM, MixtureCache, MixtureLayer, build_blocks
 from composer.mixture.gates import Gates, gate_inputs
 from composer.mixture.settings import LayerSettings
 from composer.mixture.shapes import check_level
 from composer.zoo import Checkpoint, inspect_checkpoint
 from tests.checkpoints import write_checkpoint
+from tests.conftest import MODELS
 from tests.mixtures import GREEDY, TEXTS, TINY, Batch, answers, batch_of, close, load, logits, made_of
 
 EXPERTS = ("stories-math", "stories-science", "stories-law")
@@ -205,6 +208,28 @@ def test_the_prompt_mask_says_what_decides(mixed: Callable[..., Any]) -> None:
             for batch, options in ((prompt, {}), (text, {"prompt_mask": prompt.mask}))
         )
     assert torch.equal(alone, given)
+
+
+@those(top_k=1, dense_layers=0)
+def test_likelihoods_are_routed_by_their_context(settings: LayerSettings, mixed: Callable[..., Any]) -> None:
+    from transformers import AutoTokenizer
+
+    model, tokenizer = mixed(settings), AutoTokenizer.from_pretrained(MODELS / "stories")
+    scorer = LiveScorer(model, tokenizer, Split(name="proxy", tasks=()))._lm
+    endings = ("56", " went home to her mother and slept all day")
+    contexts = [tuple(batch_of(text).ids[0].tolist()) for text in TEXTS]
+    pairs = [
+        (context, tuple(tokenizer(ending, add_special_tokens=False).input_ids))
+        for context in contexts
+        for ending in endings
+    ]
+    with torch.inference_mode():
+        found = scorer.answers(pairs)
+        for (context, ending), (likelihood, _) in zip(pairs, found, strict=True):
+            read = model(torch.tensor([context]), use_cache=True)
+            rest = model(torch.tensor([ending]), past_key_values=read.past_key_values)
+            after = torch.cat([read.logits[0, -1:], rest.logits[0, :-1]]).log_softmax(dim=-1)
+            assert likelihood == pytest.approx(float(after.gather(1, torch.tensor(ending)[:, None]).sum()), abs=1e-3)
 
 
 def test_experts_that_no_prompt_needs_do_not_run(build: Build, quick: dict[str, Checkpoint]) -> None:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 Form = Literal["mixtral", "qwen2_moe", "qwen3_moe"]
 
 SHARED_EXPERT = 16
-"""Size of the expert that `qwen2_moe` asks every token."""
+"""Size of the expert of zeros that `qwen2_moe` adds to every token. Without any, transformers would report tensors
+missing; engines split it over as many GPUs as they are given."""
 
 _KEPT = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -67,7 +68,7 @@ def build_ffn(
         raise ValueError("gates at FFN level have no bias")
     form = form_of(dense, settings.dense_layers)
     donor, donors = Donor(dense), [Donor(expert) for expert in experts]
-    parts = dict(_parts(form, donor, donors, gates.weight, settings.dense_layers, dense))
+    parts = dict(_parts(form, donor, donors, gates.weight, settings.dense_layers))
     return assemble(parts, dense, _config(form, experts, dense, settings), directory)
 
 
@@ -78,15 +79,13 @@ def form_of(dense: Checkpoint, dense_layers: int) -> Form:
     return "qwen2_moe" if dense_layers or dense.architecture == "Qwen2ForCausalLM" else "mixtral"
 
 
-def _parts(
-    form: Form, dense: Donor, experts: list[Donor], gates: "Tensor", first: int, shape: Checkpoint
-) -> Iterator[tuple[str, Part]]:
-    """Yield the mixture's tensors by name, layer by layer."""
+def _parts(form: Form, dense: Donor, experts: list[Donor], gates: "Tensor", first: int) -> Iterator[tuple[str, Part]]:
+    """Yield the mixture's tensors by name, layer by layer; `first` is the first sparse one."""
     import torch
 
     hidden = int(gates.shape[2])
     yield "model.embed_tokens.weight", dense.part("model.embed_tokens.weight")
-    for layer in range(shape.layers or 0):
+    for layer in range(first + len(gates)):
         at = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{at}.{norm}.weight", dense.part(f"{at}.{norm}.weight")
@@ -113,10 +112,9 @@ def _parts(
                 yield f"{block}.experts.{number}.{own}.weight", expert.part(f"{at}.mlp.{name}.weight")
         if form == "qwen2_moe":
             yield f"{block}.shared_expert_gate.weight", made(torch.zeros(1, hidden))
-            if SHARED_EXPERT:
-                for name in ("gate_proj", "up_proj"):
-                    yield f"{block}.shared_expert.{name}.weight", made(torch.zeros(SHARED_EXPERT, hidden))
-                yield f"{block}.shared_expert.down_proj.weight", made(torch.zeros(hidden, SHARED_EXPERT))
+            for name in ("gate_proj", "up_proj"):
+                yield f"{block}.shared_expert.{name}.weight", made(torch.zeros(SHARED_EXPERT, hidden))
+            yield f"{block}.shared_expert.down_proj.weight", made(torch.zeros(hidden, SHARED_EXPERT))
     yield "model.norm.weight", dense.part("model.norm.weight")
     if "lm_head.weight" in dense:
         yield "lm_head.weight", dense.part("lm_head.weight")
