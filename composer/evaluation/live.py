@@ -246,6 +246,9 @@ class _Model(HFLM):  # type: ignore[misc]
             options["logits_to_keep"] = torch.tensor(kept, device=self.device)
         if "use_cache" in self.accepts:
             options["use_cache"] = "past_key_values" in options
+        if "prompt_mask" in self.accepts:  # a mixture that is routed by the prompt: the context, without padding
+            ends = torch.tensor([start + 1 for start in starts], device=self.device)
+            options["prompt_mask"] = torch.arange(len(texts[0]), device=self.device) < ends[:, None]
         padded = [text + (0,) * (len(texts[0]) - len(text)) for text in texts]
         logits = self.model(torch.tensor(padded, device=self.device), **options).logits
         places = [kept.index(start) for start in starts]

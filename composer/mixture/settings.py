@@ -1,11 +1,15 @@
 """The recipe's `mixture`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from composer.settings import Identifier, PathText, Section, named
+from composer.value import Value
 from routers import ROUTERS
+
+LINEAR = ("prompt", "linear", "prompt_glue")
+"""Routers that are one linear layer."""
 
 
 class RouterSection(Section):
@@ -43,11 +47,57 @@ class RouterSection(Section):
     all user messages together."""
 
 
+class LayerSettings(Value):
+    """How experts are mixed inside one model."""
+
+    dense_layers: int = Field(default=0, ge=0)
+    """The first layers, which are the dense model's alone."""
+    top_k: int = Field(default=1, ge=1)
+    """How many experts work on one token, or one prompt."""
+    routing: Literal["token", "sample"] = "token"
+    """Whether each token goes its own way, or all of an answer goes the way that its prompt decides."""
+    shared_gate: bool = False
+    """Whether one gate, before the first layer of experts, decides for all layers."""
+
+
 class MixtureSection(Section):
     """How experts that cannot be merged are combined."""
 
-    level: Literal["model"] = "model"
-    """Whole models, one chosen per prompt."""
+    level: Literal["model", "block", "ffn"] = "model"
+    """What is chosen between: whole models, of any architectures; whole decoder layers, of models of one shape; or
+    their feed-forward parts (MLPs), which makes a standard sparse checkpoint."""
     router: RouterSection = RouterSection()
-    top_k: Literal[1] = 1
-    """How many experts answer one prompt."""
+    top_k: int = Field(default=1, ge=1)
+    """How many experts work on one prompt, or on one token. Above 1 at level model, whole models of one tokenizer
+    answer together, their distributions averaged token by token."""
+    dense: Identifier | Literal["average"] = "average"
+    """At levels block and ffn: the model that gives embedding, head and first layers (and at level ffn attention), an
+    expert or their uniform average."""
+    dense_layers: int = Field(default=0, ge=0)
+    """At levels block and ffn: so many first layers are the dense model's alone."""
+    routing: Literal["auto", "token", "sample"] = "auto"
+    """At levels block and ffn: whether each token goes its own way, or all of an answer the way that its prompt
+    decides. `auto` is by sample at level block, by token at level ffn, which knows no other."""
+    shared_gate: bool = False
+    """At level block: whether one gate decides for all layers."""
+
+    @model_validator(mode="after")
+    def _belongs_to_its_level(self) -> Self:
+        given = self.model_fields_set & {"dense", "dense_layers", "routing", "shared_gate"}
+        if self.level == "model" and given:
+            raise ValueError(f"{', '.join(sorted(given))}: only levels block and ffn have it")
+        if self.level == "ffn" and (self.routing == "sample" or self.shared_gate):
+            raise ValueError("level ffn routes each token by a gate of each layer; level block can do otherwise")
+        if self.level != "model" and self.router.kind not in LINEAR:
+            raise ValueError(f"level {self.level} takes router kinds {', '.join(LINEAR)}: a gate is one linear layer")
+        return self
+
+    @property
+    def layers(self) -> LayerSettings:
+        """What a mixture inside one model goes by."""
+        routing = self.routing
+        if routing == "auto":
+            routing = "token" if self.level == "ffn" else "sample"
+        return LayerSettings(
+            dense_layers=self.dense_layers, top_k=self.top_k, routing=routing, shared_gate=self.shared_gate
+        )

@@ -3,19 +3,27 @@
 from pathlib import Path
 
 from composer.zoo import Checkpoint, open_weights
-from composer.zoo.kinds import is_vocabulary
+from composer.zoo.kinds import is_vocabulary, layer_of
 from composer.zoo.tokenizers import added_tokens
 
 
-def difference(first: Checkpoint, second: Checkpoint) -> str | None:
-    """Return in words the first property that keeps two models from being merged, or None."""
+def difference(first: Checkpoint, second: Checkpoint, *, layers_only: bool = False) -> str | None:
+    """Return in words the first property that keeps two models from being merged, or None.
+
+    Args:
+        first: A model.
+        second: Another.
+        layers_only: Whether only their layers are to be put together, whatever embedding and head are like.
+    """
     for one in (first, second):
         if one.quantisation:
             return f"{one.id} is stored quantised ({one.quantisation})"
     if first.architecture != second.architecture:
         return f"another architecture ({_both(first.architecture, second.architecture)})"
     if first.shapes_hash != second.shapes_hash:
-        return _shape_difference(first, second)
+        found = _shape_difference(first, second, layers_only)
+        if found or not layers_only:
+            return found or "other tensor names or shapes"
     for key in sorted({*first.settings, *second.settings}):
         if first.settings.get(key) != second.settings.get(key):
             return f"another {key} ({_both(first.settings.get(key), second.settings.get(key))})"
@@ -50,7 +58,7 @@ def comparable(first: Checkpoint, second: Checkpoint) -> bool:
     return first.shapes_hash == second.shapes_hash and not first.quantisation and not second.quantisation
 
 
-def _shape_difference(first: Checkpoint, second: Checkpoint) -> str:
+def _shape_difference(first: Checkpoint, second: Checkpoint, layers_only: bool) -> str | None:
     for what, a, b in (
         ("hidden size", first.hidden_size, second.hidden_size),
         ("number of layers", first.layers, second.layers),
@@ -60,16 +68,18 @@ def _shape_difference(first: Checkpoint, second: Checkpoint) -> str:
     ):
         if a != b:
             return f"another {what} ({_both(a, b)})"
-    if first.tied_head != second.tied_head:
+    if first.tied_head != second.tied_head and not layers_only:
         tied, untied = (first, second) if first.tied_head else (second, first)
         return f"{tied.id} ties its output head to the embedding, {untied.id} does not"
-    return _tensor_difference(first, second) or "other tensor names or shapes"
+    return _tensor_difference(first, second, layers_only)
 
 
-def _tensor_difference(first: Checkpoint, second: Checkpoint) -> str | None:
+def _tensor_difference(first: Checkpoint, second: Checkpoint, layers_only: bool) -> str | None:
     """Return the first tensor that only one model has, or that has another shape in each."""
     a, b = (open_weights(one.source, Path(one.home)).headers for one in (first, second))
     for name in sorted(a.keys() | b.keys()):
+        if layers_only and layer_of(name) is None:
+            continue
         if name not in a or name not in b:
             owner, other = (first, second) if name in a else (second, first)
             return f"tensor {name} is in {owner.id} and not in {other.id}"

@@ -221,7 +221,7 @@ def _described(
     storage: Counter[str] = Counter()
     for header in headers.values():
         storage[header.dtype] += header.elements
-    text = config.get("text_config") or config
+    text = config.get("text_config") or config.get("expert_config") or config
     adapter = Path(source.adapter) if source.adapter else None
     tokenizer_home = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else home
     heads = text.get("num_attention_heads") or text.get("n_head")

@@ -33,12 +33,15 @@ class VllmEngine:
         return "vLLM is not installed; run 'make setup', or set serve.engine: transformers"
 
     def unsupported(self, checkpoint: Checkpoint) -> str | None:
-        """Return why vLLM's CPU attention cannot run a checkpoint, or None."""
+        """Return why vLLM cannot run a checkpoint, or None."""
         if checkpoint.remote_code:
             return "the model brings Python code of its own, which vLLM cannot be relied on to run"
+        size = _head_size(Path(checkpoint.path))
+        plain = checkpoint.hidden_size // checkpoint.heads if checkpoint.hidden_size and checkpoint.heads else size
+        if checkpoint.architecture == "Qwen2MoeForCausalLM" and size != plain:
+            return f"vLLM gives Qwen2Moe models heads of size {plain} (hidden size over heads), and its are {size}"
         if has_gpu():
             return None
-        size = _head_size(Path(checkpoint.path))
         if size is None or size in CPU_HEAD_SIZES:
             return None
         return f"vLLM's CPU attention has no kernel for head size {size} (it has {', '.join(map(str, CPU_HEAD_SIZES))})"
