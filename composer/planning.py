@@ -10,6 +10,7 @@ from composer.errors import MergeError, RecipeError
 from composer.merging.operators import OPERATORS
 from composer.merging.plan import Advice, MergePlan
 from composer.merging.strategies import STRATEGIES, Foresighted
+from composer.mixture.shapes import check_level, check_tokenizers
 from composer.recipe import Recipe
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint, Zoo
@@ -90,9 +91,10 @@ def make_plan(
 
     Raises:
         MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters or of a skipped model.
-        RecipeError: if two clusters have the same example requests.
+        RecipeError: if two clusters have the same example requests, or the models do not fit the mixture's level.
     """
     _check_examples(zoo, clusters)
+    _check_level(recipe, zoo)
     _check_skipped(recipe, zoo)
     _check_bases(recipe, zoo)
     plans = []
@@ -123,6 +125,14 @@ def _check_examples(zoo: Zoo, clusters: tuple[Cluster, ...]) -> None:
                 f"tells them apart; give others under zoo.models.{cluster.members[0]}.examples, or none: they are then "
                 "found in what it is good at"
             )
+
+
+def _check_level(recipe: Recipe, zoo: Zoo) -> None:
+    section = recipe.mixture
+    if section.level == "model" and section.top_k > 1:
+        check_tokenizers(zoo.members, section.top_k)
+    elif section.level != "model":
+        check_level(section.level, zoo.members, zoo.members[0])
 
 
 def _notes(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str, ...]:

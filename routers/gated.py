@@ -104,7 +104,7 @@ class GatedKind:
             RouterError: if an expert has no example, two have the same ones, or the encoder cannot be loaded.
         """
         candidates = brief.candidates
-        _check_examples(candidates)
+        check_examples(candidates)
         names = tuple(one.id for one in candidates)
         texts = [text for one in candidates for text in one.examples]
         own = [place for place, one in enumerate(candidates) for _ in one.examples]
@@ -238,7 +238,12 @@ def _quick() -> Gates:
     return gates
 
 
-def _check_examples(candidates: Sequence[Candidate]) -> None:
+def check_examples(candidates: Sequence[Candidate]) -> None:
+    """Check that there is something to tell experts by.
+
+    Raises:
+        RouterError: if an expert has no example, or two have the same ones.
+    """
     for one in candidates:
         if not one.examples:
             raise RouterError(f"expert '{one.id}' has no example requests, so no prompt can find it")

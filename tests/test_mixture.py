@@ -15,11 +15,12 @@ from composer.mixture.examples import card_examples, text_losses, with_examples
 from composer.mixture.export import export_directory, litellm_models
 from composer.mixture.licences import licence_notes
 from composer.mixture.routing import by_losses, by_scores, read_labelled
-from composer.mixture.settings import RouterSection
+from composer.mixture.settings import MixtureSection, RouterSection
 from composer.zoo import Checkpoint, Zoo
 from tests.conftest import NOT_ASKED
 from tests.test_routers import CODE, MATH
 
+TO_SCRIPT = MixtureSection(router=RouterSection(abstain_to="script-code"))
 NAMES = ("stories-math", "stories-science", "stories-web")
 
 
@@ -91,8 +92,8 @@ def expert(checkpoint: Checkpoint, examples: tuple[str, ...]) -> Expert:
 def test_a_composite_is_written_once_and_loads(quick: dict[str, Checkpoint], store: Store) -> None:
     experts = (expert(quick["stories-math"], MATH), expert(quick["script-code"], CODE))
     score = scores_of({"stories-math": (0.4, 0.4), "script-code": (0.6, 0.6)})
-    path = build_composite("mix", experts, {"x": "broken"}, RouterSection(), store, known(score))
-    assert build_composite("mix", experts, {"x": "broken"}, RouterSection(), store, NOT_ASKED) == path
+    path = build_composite("mix", experts, {"x": "broken"}, MixtureSection(), store, known(score))
+    assert build_composite("mix", experts, {"x": "broken"}, MixtureSection(), store, NOT_ASKED) == path
     composite = Composite.open(path)
     assert composite.router is not None
     assert composite.router.policy.abstain_to == "script-code", "the strongest on the proxy split"
@@ -105,7 +106,7 @@ def test_a_composite_is_written_once_and_loads(quick: dict[str, Checkpoint], sto
 
 
 def test_one_expert_needs_no_router(quick: dict[str, Checkpoint], store: Store) -> None:
-    path = build_composite("mix", (expert(quick["stories-math"], ()),), {}, RouterSection(), store, NOT_ASKED)
+    path = build_composite("mix", (expert(quick["stories-math"], ()),), {}, MixtureSection(), store, NOT_ASKED)
     assert load_router(path) is None
 
 
@@ -116,7 +117,7 @@ def test_a_name_that_is_no_expert_is_refused(quick: dict[str, Checkpoint], store
         (RouterSection(abstain_to="script-code", weights={"script-cod": 2.0}), "weights"),
     ):
         with pytest.raises(RecipeError, match=rf"router\.{key}: 'script-cod' is no expert; did you mean 'script-code'"):
-            build_composite("mix", experts, {}, section, store, NOT_ASKED)
+            build_composite("mix", experts, {}, MixtureSection(router=section), store, NOT_ASKED)
     assert not list(Path(store.root / "composites").iterdir())
 
 
@@ -204,7 +205,9 @@ def test_experts_without_examples_get_some_from_what_they_are_good_at(
 @pytest.fixture
 def mixed(quick: dict[str, Checkpoint], store: Store) -> Path:
     experts = (expert(quick["stories-math"], MATH), expert(quick["script-code"], CODE))
-    return build_composite("mix", experts, {}, RouterSection(abstain_to="script-code"), store, NOT_ASKED)
+    return build_composite(
+        "mix", experts, {}, MixtureSection(router=RouterSection(abstain_to="script-code")), store, NOT_ASKED
+    )
 
 
 def test_an_exported_composite_is_the_same_wherever_it_is_moved(mixed: Path, store: Store, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from composer.evaluation.endpoint import ComposedModel, _likelihood
 from composer.evaluation.in_process import score_checkpoint
 from composer.evaluation.tasks import load_split, run_tasks
 from composer.mixture import Composite, Expert, build_composite
-from composer.mixture.settings import RouterSection
+from composer.mixture.settings import MixtureSection, RouterSection
 from composer.serving.engines import ENGINES
 from composer.serving.gateway import _user_text
 from composer.serving.server import Server
@@ -41,7 +41,7 @@ def composite_of(quick: dict[str, Checkpoint], store: Store, *names: str) -> Pat
         for name in names
     )
     router = RouterSection(abstain_to=names[0])
-    return build_composite("mix", experts, {}, router, store, NOT_ASKED)
+    return build_composite("mix", experts, {}, MixtureSection(router=router), store, NOT_ASKED)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_port_in_use_is_found_before_any_engine_starts(
 def test_an_engine_that_dies_says_why(quick: dict[str, Checkpoint], shared_store: Store, tmp_path: Path) -> None:
     broken = quick["stories-math"].model_copy(update={"path": str(tmp_path / "gone"), "id": "gone"})
     expert = Expert(id="gone", checkpoint=broken, members=("gone",), examples=(), reason="a test")
-    directory = build_composite("mix", (expert,), {}, RouterSection(), shared_store, NOT_ASKED)
+    directory = build_composite("mix", (expert,), {}, MixtureSection(), shared_store, NOT_ASKED)
     section = ServeSection(port=0, engine="transformers")
     with pytest.raises(ServeError, match=r"the transformers engine of 'gone' (died at start|refuses)"):
         Server(directory, section, tmp_path / "logs").__enter__()

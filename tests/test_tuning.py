@@ -8,12 +8,11 @@ import pytest
 from composer.artefacts import Store
 from composer.mixture import Composite, Expert, Known, build_composite, load_router
 from composer.mixture.build import with_policy
-from composer.mixture.settings import RouterSection
 from composer.mixture.tuning import Observed, best_of, observe, report, tune
 from composer.zoo import Checkpoint
 from routers import Policy
 from tests.conftest import NOT_ASKED
-from tests.test_mixture import scores_of
+from tests.test_mixture import TO_SCRIPT, scores_of
 from tests.test_routers import CODE, MATH
 
 
@@ -95,7 +94,7 @@ def test_a_composite_takes_another_policy_and_keeps_the_rest(quick: dict[str, Ch
         Expert(id=name, checkpoint=quick[name], members=(name,), examples=examples, reason="a test")
         for name, examples in (("stories-math", MATH), ("script-code", CODE))
     )
-    path = build_composite("mix", experts, {}, RouterSection(abstain_to="script-code"), store, NOT_ASKED)
+    path = build_composite("mix", experts, {}, TO_SCRIPT, store, NOT_ASKED)
     router = load_router(path)
     assert router is not None
     means = {"stories-math": (0.5, 0.5), "script-code": (0.6, 0.4)}

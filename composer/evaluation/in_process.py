@@ -70,6 +70,8 @@ def load_model(checkpoint: Checkpoint, batch_size: int, dtype: str | None = None
     import torch
     from lm_eval.models.huggingface import HFLM
 
+    from composer.mixture.classes import CLASSES, register  # a mixture's room, which goes by scores itself
+
     class QuietModel(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -78,6 +80,8 @@ def load_model(checkpoint: Checkpoint, batch_size: int, dtype: str | None = None
             return super().generate_until(requests, disable_tqdm=True)
 
     cuda = torch.cuda.is_available()
+    if checkpoint.architecture in CLASSES:
+        register()
     try:
         return QuietModel(
             pretrained=checkpoint.path,

@@ -38,15 +38,20 @@ class Donor:
     def __contains__(self, name: str) -> bool:
         return name in self.weights.headers
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str, *, keep: bool = False) -> Part:
         """Return one of its tensors as a part.
+
+        Args:
+            name: The tensor's.
+            keep: Whether it keeps its type, whatever the result's is.
 
         Raises:
             ZooError: if it has no such tensor.
         """
         if name not in self:
             raise ZooError(f"model '{self.id}': tensor {name} is not in it; copy the checkpoint again")
-        return Part(self.weights.headers[name].shape, lambda: read_blocks(self.weights, name, BLOCK))
+        header = self.weights.headers[name]
+        return Part(header.shape, lambda: read_blocks(self.weights, name, BLOCK), header.dtype if keep else None)
 
 
 def made(tensor: "Tensor", dtype: str | None = None) -> Part:

@@ -143,6 +143,25 @@ def shares_of(logits: Tensor, top_k: int) -> Tensor:
     return shares.scatter(-1, chosen, best / best.sum(dim=-1, keepdim=True))
 
 
+def counted_tokens(input_ids: Tensor, mask: Tensor, config: Any) -> Tensor:
+    """Return which tokens of a prompt a gate reads: no padding, and no token that begins or ends a text.
+
+    Such tokens look alike whatever the text is, and a few massive dimensions of theirs drown all others in a mean.
+
+    Args:
+        input_ids: `[batch, tokens]`.
+        mask: `[batch, tokens]`, of what is no padding.
+        config: Names the special tokens.
+
+    Returns:
+        `[batch, tokens]`; a row of such tokens alone is counted whole.
+    """
+    special = [getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    flat = [one for each in special for one in (each if isinstance(each, list) else [each]) if one is not None]
+    own = mask & ~torch.isin(input_ids, torch.tensor(flat, dtype=input_ids.dtype, device=input_ids.device))
+    return torch.where(own.any(dim=1, keepdim=True), own, mask)
+
+
 class MixtureLayer(nn.Module):
     """A layer of all experts, in the place of a decoder layer."""
 
@@ -274,6 +293,9 @@ class BlockMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
         if deciding is None:
             deciding = torch.ones(given.shape[:2], device=given.device)
         cache.prompt = deciding.bool()
+        if input_ids is not None and not cache.routes and cache.prompt.shape[1] <= input_ids.shape[1]:
+            own = input_ids[:, : cache.prompt.shape[1]]
+            cache.prompt = counted_tokens(own, cache.prompt, self.config.expert_config)
         outputs = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,

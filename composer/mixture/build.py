@@ -10,8 +10,9 @@ from composer.merging.plan import MergeOutcome
 from composer.mixture.card import model_card
 from composer.mixture.composite import MANIFEST, Composite, Expert
 from composer.mixture.examples import with_examples
+from composer.mixture.levels import is_inside, mix_inside
 from composer.mixture.routing import Known, brief_of, candidates_of
-from composer.mixture.settings import RouterSection
+from composer.mixture.settings import MixtureSection
 from composer.zoo import Checkpoint, Zoo
 from routers import ROUTERS, SIMPLE, Policy, Router
 
@@ -86,7 +87,7 @@ def build_composite(
     name: str,
     experts: tuple[Expert, ...],
     left_out: dict[str, str],
-    section: RouterSection,
+    section: MixtureSection,
     store: Store,
     known: Known,
 ) -> Path:
@@ -96,7 +97,7 @@ def build_composite(
         name: What the composite is called on the endpoint.
         experts: At least one.
         left_out: Models that are in no expert, with the reason.
-        section: The recipe's router settings.
+        section: The recipe's `mixture`.
         store: Where the composite is kept.
         known: What can be found out about the experts; asked only where something hangs on it.
 
@@ -104,10 +105,10 @@ def build_composite(
         The composite's directory.
 
     Raises:
-        RecipeError: if a name in the section is no expert.
+        RecipeError: if a name in the section is no expert, or the experts do not fit the level.
         RouterError: if the router cannot be built.
     """
-    if section.kind not in SIMPLE:
+    if section.router.kind not in SIMPLE:
         experts = with_examples(experts, known)
     key = digest(
         [
@@ -121,10 +122,14 @@ def build_composite(
     if path.exists():
         return path
     with store.new_directory("composites", key) as directory:
-        router = None
-        if len(experts) > 1:
-            router = ROUTERS.get(section.kind).build(brief_of(experts, section, known), directory)
-        composite = Composite(name=name, experts=experts, router=router, left_out=left_out)
+        router = gates = None
+        if len(experts) > 1 and is_inside(section):
+            whole, gates = mix_inside(f"{name}-{section.level}", experts, section, known, store)
+            experts = (whole,)
+        elif len(experts) > 1:
+            brief = brief_of(experts, section.router, known)
+            router = ROUTERS.get(section.router.kind).build(brief, directory)
+        composite = Composite(name=name, experts=experts, router=router, gates=gates, left_out=left_out)
         composite.save(directory / MANIFEST)
         (directory / "README.md").write_text(model_card(composite))
     return path

@@ -40,6 +40,8 @@ class Composite(Value):
     experts: tuple[Expert, ...]
     router: RouterManifest | None
     """None for a single expert, which answers everything."""
+    gates: RouterManifest | None = None
+    """How the gates inside a single expert that is itself a mixture were made."""
     left_out: dict[str, str] = {}
     """Models of the zoo that are in no expert, with the reason."""
 

@@ -54,6 +54,30 @@ def check_level(level: Level, experts: Sequence[Checkpoint], dense: Checkpoint) 
         raise RecipeError(f"mixture.level: block cannot be built of layers of '{dense.id}': {reason}; {_ANY}")
 
 
+def check_tokenizers(experts: Sequence[Checkpoint], top_k: int) -> None:
+    """Check that whole models can answer together: that their distributions are over the same tokens.
+
+    Raises:
+        RecipeError: naming two that are not, and what would work.
+    """
+    if top_k > len(experts):
+        raise RecipeError(f"mixture.top_k: {top_k}, but there are only {len(experts)} experts")
+    first = experts[0]
+    for one in experts:
+        found = None
+        if one.remote_code:
+            found = "it brings Python code of its own"
+        elif _tokens(one) != _tokens(first):
+            found = "another tokenizer"
+        elif one.vocabulary_size != first.vocabulary_size:
+            found = f"another vocabulary size ({one.vocabulary_size}, {first.vocabulary_size})"
+        if found is not None:
+            raise RecipeError(
+                f"mixture.top_k: {top_k} averages distributions over tokens, and '{one.id}' does not go with "
+                f"'{first.id}': {found}; mixture.top_k: 1 works for any models"
+            )
+
+
 def check_gates(gates: Gates, experts: int, dense: Checkpoint, settings: LayerSettings) -> None:
     """Check settings against models, and gates against both.
 
@@ -99,3 +123,7 @@ def _sliding(config: "PretrainedConfig") -> str | None:
     if config.model_type != "mistral" and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return f"it attends to a window of {config.sliding_window} tokens in some layers"
     return None
+
+
+def _tokens(one: Checkpoint) -> tuple[str, str]:
+    return one.tokenizer.vocabulary, one.tokenizer.added_tokens

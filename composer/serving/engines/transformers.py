@@ -3,6 +3,7 @@
 import sys
 from importlib.util import find_spec
 
+from composer.mixture.classes import CLASSES
 from composer.serving.engines import EngineSettings
 from composer.zoo.checkpoint import Checkpoint
 
@@ -24,8 +25,10 @@ class TransformersEngine:
 
     def command(self, checkpoint: Checkpoint, settings: EngineSettings) -> list[str]:
         """Return the command line."""
+        own = checkpoint.architecture in CLASSES
+        module = "composer.serving.engines.transformers_main" if own else "transformers.cli.transformers"
         return [
-            sys.executable, "-m", "transformers.cli.transformers", "serve", checkpoint.path,
+            sys.executable, "-m", module, "serve", checkpoint.path,
             "--host", "127.0.0.1",
             "--port", str(settings.port),
             "--dtype", settings.dtype,

@@ -5,6 +5,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from composer.mixture.classes import CLASSES
 from composer.serving.engines import EngineSettings
 from composer.serving.engines.machine import has_gpu
 from composer.zoo.checkpoint import Checkpoint
@@ -36,6 +37,8 @@ class VllmEngine:
         """Return why vLLM cannot run a checkpoint, or None."""
         if checkpoint.remote_code:
             return "the model brings Python code of its own, which vLLM cannot be relied on to run"
+        if checkpoint.architecture in CLASSES:
+            return f"vLLM does not know {checkpoint.architecture}, a class of this program's"
         size = _head_size(Path(checkpoint.path))
         plain = checkpoint.hidden_size // checkpoint.heads if checkpoint.hidden_size and checkpoint.heads else size
         if checkpoint.architecture == "Qwen2MoeForCausalLM" and size != plain:

@@ -1,0 +1,9 @@
+"""``transformers`` with our own model classes in it: run as a module, with the arguments of its command line."""
+
+import runpy
+
+from composer.mixture.classes import register
+
+if __name__ == "__main__":
+    register()
+    runpy.run_module("transformers.cli.transformers", run_name="__main__", alter_sys=True)
