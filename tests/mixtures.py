@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from composer.artefacts import Store
-from composer.mixture.blocks import register
+from composer.mixture.classes import register
 from composer.zoo import Checkpoint, inspect_checkpoint
 from tests.conftest import MODELS
 

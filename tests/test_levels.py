@@ -132,7 +132,7 @@ def test_a_mixture_is_served_like_any_model(
     from transformers import AutoTokenizer
 
     home = Composite.open(path).experts[0].checkpoint.path
-    tokenizer = AutoTokenizer.from_pretrained(home)
+    model, tokenizer = load(home), AutoTokenizer.from_pretrained(home)
     ids = tokenizer(MATH[0], return_tensors="pt").input_ids
-    found = load(home).generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+    found = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
     assert served == tokenizer.decode(found, skip_special_tokens=True)

@@ -4,8 +4,8 @@
 
 All ten pairs by every arm (in both orders where order counts for two), all triples and quadruples by the arms that take
 them at once, and, for means into which models come one after another, in every order that makes a difference. Features
-come from 16 proxy items a task, scores from held-out items: 60 of SST-2, AG News and ARC-Easy, 16 of GSM8K and MBPP,
-whose likelihoods are far less noisy than accuracies. About 20 s a merge on 2 cores; what was scored is kept.
+come from 16 proxy items a task, scores from held-out items: 32 of SST-2, AG News and ARC-Easy, 8 of GSM8K and MBPP,
+whose likelihoods are far less noisy than accuracies. About 8 s a merge on 2 cores; what was scored is kept.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from composer.zoo import inspect_checkpoint
 ROOT = Path(__file__).resolve().parent
 BASE = "smollm2-135m-instruct"
 FIVE = ("smol-sst2", "smol-agnews", "smol-science", "smol-math", "smol-code")
-ITEMS = {"smol_sst2": 60, "smol_agnews": 60, "smol_arc_easy": 60, "smol_gsm8k": 16, "smol_mbpp": 16}
+ITEMS = {"smol_sst2": 32, "smol_agnews": 32, "smol_arc_easy": 32, "smol_gsm8k": 8, "smol_mbpp": 8}
 WIDE = (
     Arm("linear"),
     *(Arm("task_arithmetic", {"weight": one}) for one in (0.4, 0.7, 1.0)),

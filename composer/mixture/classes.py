@@ -4,9 +4,10 @@ CLASSES = ("BlockMixtureForCausalLM", "ModelMixtureForCausalLM")
 """As `architectures` of a config.json names them."""
 
 
-def register() -> None:
-    """Tell transformers of all of them; a second call changes nothing."""
+def register() -> tuple[type, ...]:
+    """Tell transformers of all of them, and return them; a second call changes nothing."""
     from composer.mixture import blocks, fusion
 
     blocks.register()
     fusion.register()
+    return blocks.BlockMixtureForCausalLM, fusion.ModelMixtureForCausalLM
