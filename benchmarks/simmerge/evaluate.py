@@ -25,7 +25,7 @@ from composer.simmerge.bandit import Bandit, context_of
 from composer.simmerge.corpus import load_corpus, matrix
 from composer.simmerge.features import FEATURES, NAMES
 from composer.simmerge.predictor import Prediction, Predictor
-from composer.simmerge.training import cross_validate, cross_validate_scale, merges_of, train
+from composer.simmerge.training import cross_validate, cross_validate_scale, merges_of, promises_of, train
 
 ROOT = Path(__file__).resolve().parent
 LINEAR, ARITHMETIC, SLERP = "linear", "task_arithmetic", "slerp t 0.5"
@@ -155,25 +155,16 @@ def noise(one: Board) -> dict[str, float]:
 
 def promises(rows: pd.DataFrame, gain: np.ndarray, scale: np.ndarray, predictor: Predictor) -> dict[str, object]:
     """Return how far what is promised of a merge holds: intervals of its gain over the best single source, refusals."""
-    table = rows.assign(predicted=levels(rows) + gain, variance=scale**2, order=rows["hashes"].map(tuple))
-    merges = table.groupby(["zoo", "order", "arm"], sort=True)
-    means = merges[["score", "predicted", "variance"]].mean()
-    best = {
-        name: merges[name].agg(lambda lists: np.mean(np.stack(lists.to_list()), axis=0).max()).to_numpy()
-        for name in ("source_scores", "known_scores")
-    }
-    wide = np.sqrt(means["variance"].to_numpy())
-    tasks = merges.size().to_numpy()
-    wide *= np.sqrt(predictor.correlation + (1 - predictor.correlation) / tasks)
-    promised = means["predicted"].to_numpy() - best["known_scores"]
-    real = means["score"].to_numpy() - best["source_scores"]
+    kept = promises_of(rows, gain, scale, predictor.correlation)
     steps = np.linspace(0, 1, len(predictor.mean_errors))
-    low, high = (promised + np.interp(one, steps, predictor.mean_errors) * wide for one in (0.1, 0.9))
-    chance = 1 - np.interp(-promised / wide, predictor.mean_errors, steps)
+    low, high = (kept.promised + np.interp(one, steps, predictor.mean_errors) * kept.scale for one in (0.1, 0.9))
+    chance = 1 - np.interp(-kept.promised / kept.scale, predictor.mean_errors, steps)
+    real = kept.real
     found: dict[str, object] = {
         "merges": len(real),
         "interval_coverage": round(float(((low <= real) & (real <= high)).mean()), 3),
         "interval_width": round(float((high - low).mean()), 4),
+        "correlation": round(float(np.corrcoef(kept.promised, real)[0, 1]), 3),
         "all_that_lose": round(float((real < 0).mean()), 3),
     }
     for risk in (0.5, 0.2):

@@ -174,8 +174,8 @@ def _rows(
 
         task: dict[str, Any] = {**shared, "task": items.name, "metric": items.metric}
         task["origin_score"] = scores[base.id].task(items.name).mean if base else nan
-        before = signals.scores(items.name)
-        for place, model in [*enumerate(models, start=1), *([(0, base)] if base else [])]:
+        before = np.append(signals.levels(items.name), nan)  # the base is no model of the cluster
+        for place, model in enumerate([*models, *([base] if base else [])]):
             own_score = scores[model.id].task(items.name).mean
             rows.append(
                 Row(
@@ -209,7 +209,7 @@ def _rows(
                         score=found[place].task(items.name).mean,
                         items=values(found[place]),
                         source_scores=tuple(scores[model].task(items.name).mean for model in one.step.inputs),
-                        known_scores=tuple(before[[1 + n for n in one.sources]]),
+                        known_scores=tuple(before[list(one.sources)]),
                         labelled=labelled,
                         strong=one.sources.index(int(strong[number])),
                         parts=tuple(parts[number, list(one.sources)]),

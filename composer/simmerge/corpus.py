@@ -46,7 +46,7 @@ class Row:
     source_scores: tuple[float, ...]
     """Of the sources on the same items."""
     known_scores: tuple[float, ...]
-    """Of the sources on the items that features come from; nan for a task without choices or likelihoods."""
+    """What the sources were expected to score, by the items that features come from (`Signals.levels`)."""
     origin_score: float
     """Of the base on the same items; nan without one."""
     labelled: bool

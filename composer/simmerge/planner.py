@@ -71,7 +71,9 @@ class Planner:
     _footprints: dict[tuple[str, tuple[int, ...]], tuple["Array", float] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._levels = np.stack([self._level(task) for task in self.tasks], axis=1)
+        nothing = np.zeros(len(self.signals.ids))
+        found = [self.signals.levels(task) if self.labelled else nothing for task in self.tasks]
+        self._levels = np.stack(found, axis=1)
         """`[models, tasks]`."""
         self.best = int(self._levels.mean(axis=1).argmax())
         """The best single model."""
@@ -174,24 +176,6 @@ class Planner:
             )
             for n, (sources, arm) in enumerate(plans)
         ]
-
-    def _level(self, task: str) -> "Array":
-        """Return what each model is expected to score, `[models]`: its proxy score, drawn to the mean of all.
-
-        The best of several noisy scores is too good; the empirical Bayes estimate (James and Stein 1961) is not.
-        Without labels all are alike.
-        """
-        count = len(self.signals.ids)
-        table = self.signals.answers.get(task)
-        if table is None or not self.labelled:
-            return np.zeros(count)
-        values = table.score(table.likelihoods[1:])
-        means = values.mean(axis=1)
-        noise = float((values.var(axis=1, ddof=1) / values.shape[1]).mean()) if values.shape[1] > 1 else 0.0
-        spread = float(means.var(ddof=1)) if count > 1 else 0.0
-        keep = max(0.0, 1 - noise / spread) if spread > 0 else 0.0
-        found: Array = means.mean() + keep * (means - means.mean())
-        return found
 
     def _plans(
         self, subsets: Iterable[tuple[int, ...]], arms: Sequence[Arm], *, orders: bool = True

@@ -51,7 +51,7 @@ class Predictor(Value):
     errors: tuple[float, ...]
     """Quantiles of cross-validated errors over their scale, at equal steps from 0 to 1: of one task."""
     mean_errors: tuple[float, ...]
-    """The same of the mean over tasks."""
+    """The same of the mean over tasks, of what is promised over the best single model: known scores are noisy too."""
     correlation: float
     """Of the errors of one merge on two tasks."""
     low: tuple[float, ...]

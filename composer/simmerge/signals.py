@@ -93,6 +93,24 @@ class Signals:
         found: Array = table.score(table.likelihoods).mean(axis=-1)
         return found
 
+    def levels(self, task: str) -> "Array":
+        """Return what each model is expected to score on other items of a task, `[models]`; 0 if nothing is known.
+
+        Scores are drawn to the mean of all: the best of several noisy ones is too good, the empirical Bayes estimate
+        (James and Stein 1961) is not.
+        """
+        table = self.answers.get(task)
+        count = len(self.ids)
+        if table is None:
+            return np.zeros(count)
+        values = table.score(table.likelihoods[1:])
+        means = values.mean(axis=1)
+        noise = float((values.var(axis=1, ddof=1) / values.shape[1]).mean()) if values.shape[1] > 1 else 0.0
+        spread = float(means.var(ddof=1)) if count > 1 else 0.0
+        keep = max(0.0, 1 - noise / spread) if spread > 0 else 0.0
+        found: Array = means.mean() + keep * (means - means.mean())
+        return found
+
 
 def observe(checkpoint: Checkpoint, split: Split, probes: ProbesSection, store: Store, *, batch_size: int = 16) -> None:
     """Run a model once over everything it will be compared by, and keep what it does.

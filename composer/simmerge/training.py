@@ -1,6 +1,7 @@
 """Training the predictor, with nothing judged on models it was trained on."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from composer.errors import PredictorError
 from composer.simmerge.corpus import SINGLE, matrix
 from composer.simmerge.features import NAMES
-from composer.simmerge.predictor import LEAST_SCALE, Predictor, mean_scale
+from composer.simmerge.predictor import LEAST_SCALE, Predictor
 
 if TYPE_CHECKING:
     import pandas
@@ -77,7 +78,8 @@ def train(table: "pandas.DataFrame", *, trees: int = TREES, threads: int = 0) ->
     scale = cross_validate_scale(rows, residual, threads=threads)
     calibrated = known & np.isfinite(scale)
     standard = residual[calibrated] / scale[calibrated]
-    means, correlation = _means(rows[calibrated], residual[calibrated], scale[calibrated])
+    correlation = _correlation(rows[calibrated], residual[calibrated], scale[calibrated])
+    kept = promises_of(rows[calibrated], outside[calibrated], scale[calibrated], correlation)
     model = _fit(features, gain, trees, threads)
     weights = model.feature_importance("gain")
     return Predictor(
@@ -85,7 +87,7 @@ def train(table: "pandas.DataFrame", *, trees: int = TREES, threads: int = 0) ->
         gain_model=model.model_to_string(),
         scale_model=_fit(features[known], target[known], SCALE_TREES, threads).model_to_string(),
         errors=_quantiles(standard),
-        mean_errors=_quantiles(means),
+        mean_errors=_quantiles((kept.real - kept.promised) / kept.scale),
         correlation=correlation,
         low=tuple(_percentiles(features, 1)),
         high=tuple(_percentiles(features, 99)),
@@ -163,8 +165,47 @@ def _fit(features: "Array", target: "Array", trees: int, threads: int) -> Any:
     return lightgbm.train(settings, data, num_boost_round=trees)
 
 
-def _means(rows: "pandas.DataFrame", residual: "Array", scale: "Array") -> tuple["Array", float]:
-    """Return the standardised errors of means over tasks, one per merge, and how errors on two tasks go together."""
+@dataclass(frozen=True)
+class Promises:
+    """What is promised of merges, as a planner does it from known scores, and what came of it; all `[merges]`."""
+
+    promised: "Array"
+    """Predicted gain over the best single source, mean over tasks."""
+    real: "Array"
+    """The same as measured."""
+    scale: "Array"
+    """Of the error, before calibration."""
+
+
+def promises_of(rows: "pandas.DataFrame", gain: "Array", scale: "Array", correlation: float) -> Promises:
+    """Return what is promised of each merge of which labels of proxy items are known.
+
+    Args:
+        rows: From `merges_of`.
+        gain: Predicted for each row over its strongest source.
+        scale: Of each row's error.
+        correlation: Of the errors of one merge on two tasks.
+    """
+    known = [scores[place] for scores, place in zip(rows["known_scores"], rows["strong"], strict=True)]
+    order = rows["hashes"].map(tuple)
+    table = rows.assign(expected=np.array(known) + gain, variance=scale**2, order=order)[rows["labelled"]]
+    merges = table.groupby(["zoo", "order", "arm", "seed"], sort=True)
+    means = merges[["score", "expected", "variance"]].mean()
+    best = {
+        name: merges[name].agg(lambda lists: np.mean(np.stack(lists.to_list()), axis=0).max()).to_numpy()
+        for name in ("source_scores", "known_scores")
+    }
+    tasks = merges.size().to_numpy()
+    wide = np.sqrt(means["variance"].to_numpy() * (correlation + (1 - correlation) / tasks))
+    return Promises(
+        promised=means["expected"].to_numpy() - best["known_scores"],
+        real=means["score"].to_numpy() - best["source_scores"],
+        scale=wide,
+    )
+
+
+def _correlation(rows: "pandas.DataFrame", residual: "Array", scale: "Array") -> float:
+    """Return how the errors of one merge on two tasks go together."""
     keys = rows["hashes"].map(tuple).astype(str) + rows["arm"] + rows["labelled"].astype(str)
     order: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
@@ -176,9 +217,7 @@ def _means(rows: "pandas.DataFrame", residual: "Array", scale: "Array") -> tuple
         if len(own) > 1:
             products.append((own.sum() ** 2 - (own**2).sum()) / (len(own) * (len(own) - 1)))
             squares.append((own**2).mean())
-    correlation = float(np.clip(np.mean(products) / np.mean(squares), 0.0, 1.0)) if products else 1.0
-    means = [residual[places].mean() / mean_scale(scale[places][None], correlation)[0] for places in order.values()]
-    return np.array(means), correlation
+    return float(np.clip(np.mean(products) / np.mean(squares), 0.0, 1.0)) if products else 1.0
 
 
 def _quantiles(values: "Array") -> tuple[float, ...]:
