@@ -12,6 +12,7 @@ from composer.merging.plan import Advice, MergePlan
 from composer.merging.strategies import STRATEGIES, Foresighted
 from composer.mixture.shapes import check_level, check_tokenizers
 from composer.recipe import Recipe
+from composer.similarity.gate import difference
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint, Zoo
 from routers import SIMPLE
@@ -128,11 +129,22 @@ def _check_examples(zoo: Zoo, clusters: tuple[Cluster, ...]) -> None:
 
 
 def _check_level(recipe: Recipe, zoo: Zoo) -> None:
-    section = recipe.mixture
-    if section.level == "model" and section.top_k > 1:
-        check_tokenizers(zoo.members, section.top_k)
-    elif section.level != "model":
-        check_level(section.level, zoo.members, zoo.members[0])
+    section, members = recipe.mixture, zoo.members
+    if not section.inside or len(members) < 2:
+        return
+    if section.level == "model":
+        check_tokenizers(members, section.top_k)
+        return
+    check_level(section.level, members, members[0])
+    if section.dense_layers >= (members[0].layers or 0):
+        raise RecipeError(
+            f"mixture.dense_layers: {section.dense_layers} leaves no layer to the experts; "
+            f"'{members[0].id}' has {members[0].layers}"
+        )
+    for one in members[1:] if section.dense == "average" else ():
+        found = difference(members[0], one)
+        if found is not None:
+            raise RecipeError(f"mixture.dense: average cannot be made of '{members[0].id}' and '{one.id}': {found}")
 
 
 def _notes(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str, ...]:

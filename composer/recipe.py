@@ -173,9 +173,11 @@ class _Source:
             return [self.fill_in(value, (*location, index)) for index, value in enumerate(node)]
         if isinstance(node, str):
             key = location[-1] if location else None
-            if not node or key not in self.PATH_KEYS | self.MODEL_KEYS:
+            if not node or key not in self.PATH_KEYS | self.MODEL_KEYS | {"encoder"}:
                 return str(node)
             text = self._variables(str(node), location)
+            if key == "encoder":  # an expert's id, or a directory
+                return self._absolute(text) if (self.path.parent / Path(text).expanduser()).is_dir() else text
             if key == "texts" and text == "default":
                 return text
             return absolute(text, self.path.parent) if key in self.MODEL_KEYS else self._absolute(text)

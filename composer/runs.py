@@ -43,7 +43,8 @@ class Run:
     def of(cls, recipe: Recipe, root: Path) -> "Run":
         """Return the run of a recipe on its inputs as they are now; nothing is written."""
         models = [text for entry in recipe.zoo.models for text in (entry.model, entry.adapter)]
-        inputs = [*models, recipe.zoo.base, recipe.evaluate.include]
+        texts = [recipe.mixture.router.labelled, recipe.mixture.router.encoder, recipe.probes.texts]
+        inputs = [*models, recipe.zoo.base, recipe.evaluate.include, *texts]
         key = digest([recipe.model_dump(mode="json"), [_status(Path(path)) for path in inputs if path]])
         return cls(root / f"{recipe.name}-{key[:8]}")
 

@@ -231,7 +231,8 @@ def report(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, A
 def _baselines(zoo: Zoo, composite: Composite, session: Session, progress: Progress) -> list[Subject]:
     """Score every source model, every merged expert and the base on the held-out items."""
     rows: list[tuple[Any, str]] = [(member, "source") for member in zoo.members]
-    rows += [(expert.checkpoint, "merged") for expert in composite.experts if expert.checkpoint.lineage]
+    if composite.gates is None:  # else the only expert is the composite itself
+        rows += [(expert.checkpoint, "merged") for expert in composite.experts if expert.checkpoint.lineage]
     if zoo.base is not None and zoo.base.id not in zoo.ids:
         rows.append((zoo.base, "base"))
     subjects = []

@@ -23,6 +23,8 @@ class Candidate(Value):
     remote_code: bool = False
     """Whether the checkpoint's own Python code may run."""
     examples: tuple[str, ...] = ()
+    reads: bool = True
+    """Whether its layers may read prompts."""
 
 
 class Labelled(Value):

@@ -53,15 +53,21 @@ class LayersEncoder:
             remote_code: Whether its own Python code may run.
             pool: Over which of a text's tokens.
             bos: Whether the token that begins a text is put before it.
+
+        Raises:
+            RouterError: if transformers cannot load it.
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         options = {"local_files_only": True, "trust_remote_code": remote_code}
-        config = AutoConfig.from_pretrained(path, **options)
-        config.get_text_config().num_hidden_layers = max(1, layers)
         self.layers, self.pool, self.bos = layers, pool, bos
-        self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        self.model: Any = AutoModel.from_pretrained(path, config=config, dtype=torch.float32, **options).eval()
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+            config.get_text_config().num_hidden_layers = max(1, layers)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            self.model: Any = AutoModel.from_pretrained(path, config=config, dtype=torch.float32, **options).eval()
+        except Exception as error:  # transformers raises whatever a broken checkpoint makes it stumble over
+            raise RouterError(f"{path} cannot read prompts: {first_line(error)}") from error
         for name in _FINAL_NORMS:
             if hasattr(self.model, name):
                 # The gates live in the raw residual stream, which the final norm would rescale.
@@ -123,7 +129,7 @@ class TableEncoder:
     @torch.inference_mode()
     def __call__(self, text: str) -> Tensor:
         """Return the feature of a text, `[width]`."""
-        ids = token_ids(self.tokenizer, text)[0]
+        ids = token_ids(self.tokenizer, text)[0].clamp_max(len(self.vectors) - 1)
         weights = self.weights[ids].float()
         return weights @ self.vectors[ids].float() / weights.sum()
 
@@ -177,11 +183,17 @@ def features_by_layer(
         most: Layers, at most.
         pool: As of `LayersEncoder`.
         bos: As of `LayersEncoder`.
+
+    Raises:
+        RouterError: if transformers cannot load it.
     """
     from transformers import AutoConfig
 
     options = {"local_files_only": True, "trust_remote_code": candidate.remote_code}
-    depth = int(AutoConfig.from_pretrained(candidate.path, **options).get_text_config().num_hidden_layers)
+    try:
+        depth = int(AutoConfig.from_pretrained(candidate.path, **options).get_text_config().num_hidden_layers)
+    except Exception as error:  # as above
+        raise RouterError(f"{candidate.path} cannot read prompts: {first_line(error)}") from error
     # The last of the states has the final norm on it: it is passed through with the identity instead.
     layers = depth if most is None else min(depth, most)
     encoder = LayersEncoder(candidate.path, layers, remote_code=candidate.remote_code)
@@ -226,14 +238,17 @@ def make_table(source: str, layers: int | None, candidates: Sequence[Candidate],
                 return embed(ids)[:, 0]  # type: ignore[no-any-return]
             return model(input_ids=ids, use_cache=False).last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
-    count = min(len(tokenizer), int(model.get_input_embeddings().num_embeddings))
+    # Ids may have gaps, and embeddings more rows than there are tokens, or fewer.
+    count = min(max(tokenizer.get_vocab().values()) + 1, int(model.get_input_embeddings().num_embeddings))
     starts = range(0, count, BATCH)
     rows = torch.cat([run(torch.arange(start, min(start + BATCH, count))[:, None]) for start in starts])
     weights = RARE / (RARE + zipf(count))
     mean = rows.mean(dim=0)
     deviation = rows.std(dim=0).clamp_min(1e-6)
     standard = (rows - mean) / deviation
-    _, _, directions = torch.pca_lowrank(standard, q=min(TABLE_WIDTH, *standard.shape), center=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, directions = torch.pca_lowrank(standard, q=min(TABLE_WIDTH, *standard.shape), center=False)
     vectors = (standard @ directions).half()
     save_file({"vectors": vectors.contiguous(), "weights": weights.half()}, directory / TABLE)
     return EncoderManifest(kind="table", source=source, layers=layers)

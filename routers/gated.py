@@ -81,14 +81,6 @@ class GatedRouter:
 
 
 @dataclass(frozen=True)
-class _Choice:
-    encoder: EncoderManifest
-    features: Tensor
-    """Of the examples."""
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class GatedKind:
     """Builds and loads routers of one kind of gates."""
 
@@ -109,13 +101,12 @@ class GatedKind:
         texts = [text for one in candidates for text in one.examples]
         own = [place for place, one in enumerate(candidates) for _ in one.examples]
         shares = torch.nn.functional.one_hot(torch.tensor(own), len(candidates)).float()
-        choice = self._choose(brief, texts, shares)
-        encoder = choice.encoder
-        features = choice.features
+        encoder = self._choose(brief, texts, shares)
         if brief.table:
             encoder = make_table(encoder.source, encoder.layers, candidates, directory)
-            read = load_encoder(encoder, directory, candidates)
-            features = torch.stack([read(text) for text in texts])
+        # Fitted to what the router itself will read, to the last bit.
+        read = load_encoder(encoder, directory, candidates, bos=self.gates.bos, pool=self.gates.pool)
+        features = torch.stack([read(text) for text in texts])
         pairs = left_out(self.gates, features, shares, brief.seed)
         labelled = brief.labelled if self.gates.learns else ()
         if labelled:
@@ -139,7 +130,7 @@ class GatedKind:
             confusions=dict(confused.most_common()),
             condition=condition,
             learnt_from=len(labelled),
-            warnings=_warnings(candidates, accuracy, confused, condition),
+            warnings=warnings_of(candidates, accuracy, confused, condition),
         )
 
     def load(self, manifest: RouterManifest, directory: Path, candidates: tuple[Candidate, ...]) -> Router:
@@ -148,36 +139,44 @@ class GatedKind:
         encoder = load_encoder(manifest.encoder, directory, candidates, bos=self.gates.bos)
         return GatedRouter(manifest, encoder, self.gates, load_file(directory / WEIGHTS))
 
-    def _choose(self, brief: Brief, texts: list[str], shares: Tensor) -> _Choice:
+    def _choose(self, brief: Brief, texts: list[str], shares: Tensor) -> EncoderManifest:
         """Return the encoder that tells the examples apart best."""
-        pool = [one for one in brief.candidates if brief.encoder in ("auto", one.id)]
+        pool = [one for one in brief.candidates if brief.encoder == one.id or (brief.encoder == "auto" and one.reads)]
         if not pool:
-            return self._sentence(brief.encoder, brief.candidates, texts, shares)
+            return self._sentence(brief)
         # Gates that take long to fit are chosen a layer for by those of router `prompt`.
         trial = self.gates if self.gates.quick else _quick()
         best: tuple[float, int, int, str] | None = None
-        found: _Choice | None = None
+        failed: list[str] = []
         for candidate in sorted(pool, key=lambda one: one.parameters):
             most = brief.most_layers if brief.layer == "auto" else brief.layer
-            by_layer = features_by_layer(candidate, texts, most, pool=self.gates.pool, bos=self.gates.bos)
-            layers = range(len(by_layer)) if brief.layer == "auto" else [len(by_layer) - 1]
+            try:
+                by_layer = features_by_layer(candidate, texts, most, pool=self.gates.pool, bos=self.gates.bos)
+            except RouterError as error:
+                failed.append(str(error))
+                continue
+            layers = range(len(by_layer)) if brief.layer == "auto" else [brief.layer]
+            if layers[-1] >= len(by_layer):
+                failed.append(f"mixture.router.layer: {brief.layer}, but {candidate.id} has {len(by_layer) - 1} layers")
+                continue
             for layer in layers:
                 accuracy = macro(left_out(trial, by_layer[layer], shares)) if len(layers) * len(pool) > 1 else 0.0
                 key = (-accuracy, layer, candidate.parameters, candidate.id)
-                if best is None or key < best:
-                    manifest = EncoderManifest(kind="layers", source=candidate.id, layers=layer)
-                    best, found = key, _Choice(manifest, by_layer[layer], accuracy)
-        assert found is not None  # noqa: S101 - every model has a layer
-        return found
+                best = key if best is None else min(best, key)
+        if best is None:
+            raise RouterError(failed[0])
+        return EncoderManifest(kind="layers", source=best[3], layers=best[1])
 
-    def _sentence(self, source: str, candidates: Sequence[Candidate], texts: list[str], shares: Tensor) -> _Choice:
-        names = [one.id for one in candidates]
-        close = nearest(source, names)
+    def _sentence(self, brief: Brief) -> EncoderManifest:
+        names = [one.id for one in brief.candidates]
+        close = "" if Path(brief.encoder).is_dir() else nearest(brief.encoder, names)
         if close:
-            raise RouterError(f"mixture.router.encoder: '{source}' is no expert{close}")
-        manifest = EncoderManifest(kind="sentence", source=source)
-        read = load_encoder(manifest, Path(), candidates)
-        return _Choice(manifest, torch.stack([read(text) for text in texts]), 0.0)
+            raise RouterError(f"mixture.router.encoder: '{brief.encoder}' is no expert{close}")
+        if brief.layer != "auto":
+            raise RouterError(
+                f"mixture.router.layer: {brief.layer}, but a sentence encoder is read whole; leave it out"
+            )
+        return EncoderManifest(kind="sentence", source=brief.encoder)
 
 
 def left_out(gates: Gates, features: Tensor, shares: Tensor, seed: int = 0) -> list[tuple[int, int]]:
@@ -196,10 +195,14 @@ def left_out(gates: Gates, features: Tensor, shares: Tensor, seed: int = 0) -> l
     usable = [place for place in range(len(labels)) if counts[labels[place]] > 1]
     parts: list[list[int]] = [[place] for place in usable]
     if not gates.quick:
-        # Every FOLDS-th example of each expert, so that none loses all of its own.
-        order = sorted(usable, key=lambda place: (int(labels[place]), place))
-        folds = min(FOLDS, *(int(counts[labels[place]]) for place in usable)) if usable else 0
-        parts = [order[number::folds] for number in range(folds)]
+        # Of each expert's own examples every FOLDS-th: whoever has two or more keeps some.
+        seen: Counter[int] = Counter()
+        folds: dict[int, list[int]] = {}
+        for place in usable:
+            own = int(labels[place])
+            folds.setdefault(seen[own] % FOLDS, []).append(place)
+            seen[own] += 1
+        parts = list(folds.values())
     pairs = []
     for part in parts:
         kept = torch.ones(len(labels), dtype=torch.bool)
@@ -257,9 +260,17 @@ def check_examples(candidates: Sequence[Candidate]) -> None:
             )
 
 
-def _warnings(
+def warnings_of(
     candidates: Sequence[Candidate], accuracy: float | None, confused: Counter[str], condition: float | None
 ) -> tuple[str, ...]:
+    """Return what whoever builds a router should know.
+
+    Args:
+        candidates: The experts and their examples.
+        accuracy: Of examples that were left out.
+        confused: How many examples of one expert went to another, by "expert -> other".
+        condition: Condition number of the gates' directions.
+    """
     warnings = []
     owner: dict[str, str] = {}
     for candidate in candidates:

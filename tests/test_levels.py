@@ -8,8 +8,9 @@ import torch
 
 from composer.artefacts import Store
 from composer.errors import RecipeError
+from composer.evaluation.endpoint import ComposedModel
 from composer.evaluation.in_process import score_checkpoint
-from composer.evaluation.tasks import load_split
+from composer.evaluation.tasks import load_split, run_tasks
 from composer.mixture import Composite, Expert, build_composite
 from composer.mixture.levels import without_bias
 from composer.mixture.settings import MixtureSection, RouterSection
@@ -23,14 +24,13 @@ from tests.test_routers import CODE, MATH
 LAW = ("The tenant shall pay rent on the first of the month.", "Is a spoken contract binding?",
        "What does the court decide in a civil case?", "The defendant pleads not guilty.",
        "May a landlord enter?")  # fmt: skip
-ROUTER = RouterSection(abstain_to="stories-math")
 SECTIONS = {
-    "block": MixtureSection(level="block", router=ROUTER),
-    "block, one gate, hybrid": MixtureSection(level="block", router=ROUTER, shared_gate=True, dense_layers=2),
-    "block by token": MixtureSection(level="block", router=ROUTER, routing="token", top_k=2),
-    "ffn": MixtureSection(level="ffn", router=ROUTER, top_k=2),
-    "ffn, hybrid": MixtureSection(level="ffn", router=ROUTER, dense_layers=1, dense="stories-law"),
-    "models together": MixtureSection(top_k=2, router=ROUTER),
+    "block": MixtureSection(level="block"),
+    "block, one gate, hybrid": MixtureSection(level="block", shared_gate=True, dense_layers=2),
+    "block by token": MixtureSection(level="block", routing="token", top_k=2),
+    "ffn": MixtureSection(level="ffn", top_k=2),
+    "ffn, hybrid": MixtureSection(level="ffn", dense_layers=1, dense="stories-law"),
+    "models together": MixtureSection(top_k=2),
 }
 
 
@@ -57,11 +57,12 @@ def test_experts_become_one_model_that_is_scored_like_any(
     assert whole.checkpoint.parameters > quick["stories-math"].parameters
     assert path == build_composite("mix", experts, {}, SECTIONS[name], store, NOT_ASKED)
     split = load_split(["quick_math"], "held_out", include=str(QUICKSTART / "tasks"), limit=24)
-    score = score_checkpoint(whole.checkpoint, split, store).mean
-    assert 0 < score <= 1
+    each = [score_checkpoint(one.checkpoint, split, store).mean for one in experts]
+    assert score_checkpoint(whole.checkpoint, split, store).mean >= min(each) > 0.6, "chance is a half"
+    assert whole.checkpoint.context_length == quick["stories-math"].context_length
     assert answers(load(whole.checkpoint.path), batch_of(MATH[0])).shape == (1, 6)
     card = (path / "README.md").read_text()
-    assert "stories-law" in card
+    assert "Experts inside: stories-math, stories-law" in card
     assert "apache-2.0" in card.lower()
 
 
@@ -86,7 +87,7 @@ def test_models_that_do_not_fit_a_level_are_told_what_would(quick: dict[str, Che
     with pytest.raises(RecipeError, match=r"another tokenizer; mixture\.top_k: 1 works for any models"):
         build_composite("mix", experts, {}, SECTIONS["models together"], store, NOT_ASKED)
     with pytest.raises(RecipeError, match=r"mixture\.dense: 'stories-mth' is no expert; did you mean 'stories-math'"):
-        section = MixtureSection(level="block", router=ROUTER, dense="stories-mth")
+        section = MixtureSection(level="block", dense="stories-mth")
         build_composite("mix", experts_of(quick, math=MATH, law=LAW), {}, section, store, NOT_ASKED)
 
 
@@ -95,7 +96,10 @@ def test_models_that_do_not_fit_a_level_are_told_what_would(quick: dict[str, Che
     [
         ({"dense_layers": 1}, "only levels block and ffn"),
         ({"level": "ffn", "routing": "sample"}, "level block can do otherwise"),
-        ({"level": "block", "router": RouterSection(kind="mlp")}, "a gate is one linear layer"),
+        ({"level": "block", "router": RouterSection(kind="mlp")}, "a gate inside a model is one linear layer"),
+        ({"top_k": 2, "router": RouterSection(kind="fixed")}, "a gate inside a model is one linear layer"),
+        ({"level": "block", "router": RouterSection(threshold=0.5)}, "router threshold: only whole models"),
+        ({"level": "ffn", "router": RouterSection(layer=2)}, "router layer: only whole models"),
         ({"top_k": 0}, "greater than or equal to 1"),
     ],
 )
@@ -129,6 +133,10 @@ def test_a_mixture_is_served_like_any_model(
         answer = httpx.post(f"{server.endpoint.url}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
         served = answer.json()["choices"][0]["text"]
+        split = load_split(["quick_math"], "held_out", include=str(QUICKSTART / "tasks"), limit=8)
+        composite = Composite.open(path)
+        through = run_tasks(ComposedModel(server.endpoint, composite), split, "mix")
+        assert through.tasks == score_checkpoint(composite.experts[0].checkpoint, split, store).tasks
     from transformers import AutoTokenizer
 
     home = Composite.open(path).experts[0].checkpoint.path

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from composer.artefacts import Store
+from composer.cli.serve import command as serve
 from composer.errors import RecipeError, ServeError
 from composer.evaluation.scores import Scores, TaskScore
 from composer.merging.plan import MergeOutcome, MergeStep, Trial
@@ -16,7 +18,8 @@ from composer.mixture.export import export_directory, litellm_models
 from composer.mixture.licences import licence_notes
 from composer.mixture.routing import by_losses, by_scores, read_labelled
 from composer.mixture.settings import MixtureSection, RouterSection
-from composer.zoo import Checkpoint, Zoo
+from composer.zoo import Checkpoint, Zoo, inspect_checkpoint
+from tests.checkpoints import write_sentence_encoder
 from tests.conftest import NOT_ASKED
 from tests.test_routers import CODE, MATH
 
@@ -93,7 +96,12 @@ def test_a_composite_is_written_once_and_loads(quick: dict[str, Checkpoint], sto
     experts = (expert(quick["stories-math"], MATH), expert(quick["script-code"], CODE))
     score = scores_of({"stories-math": (0.4, 0.4), "script-code": (0.6, 0.6)})
     path = build_composite("mix", experts, {"x": "broken"}, MixtureSection(), store, known(score))
-    assert build_composite("mix", experts, {"x": "broken"}, MixtureSection(), store, NOT_ASKED) == path
+    assert build_composite("mix", experts, {"x": "broken"}, MixtureSection(), store, known(score)) == path
+    other = scores_of({"stories-math": (0.6, 0.6), "script-code": (0.4, 0.4)})
+    changed = build_composite("mix", experts, {"x": "broken"}, MixtureSection(), store, known(other))
+    fallback = Composite.open(changed).router
+    assert fallback is not None
+    assert fallback.policy.abstain_to == "stories-math", "other scores, another composite"
     composite = Composite.open(path)
     assert composite.router is not None
     assert composite.router.policy.abstain_to == "script-code", "the strongest on the proxy split"
@@ -118,7 +126,7 @@ def test_a_name_that_is_no_expert_is_refused(quick: dict[str, Checkpoint], store
     ):
         with pytest.raises(RecipeError, match=rf"router\.{key}: 'script-cod' is no expert; did you mean 'script-code'"):
             build_composite("mix", experts, {}, MixtureSection(router=section), store, NOT_ASKED)
-    assert not list(Path(store.root / "composites").iterdir())
+    assert not (store.root / "composites").exists()
 
 
 def test_labelled_texts_are_read_or_the_line_is_named(tmp_path: Path) -> None:
@@ -196,7 +204,7 @@ def test_experts_without_examples_get_some_from_what_they_are_good_at(
     home = tmp_path / "carded"
     shutil.copytree(quick["stories-math"].path, home)
     (home / "README.md").write_text(CARD)
-    carded = silent[0].model_copy(update={"checkpoint": quick["stories-math"].model_copy(update={"path": str(home)})})
+    carded = silent[0].model_copy(update={"checkpoint": quick["stories-math"].model_copy(update={"home": str(home)})})
     asked, _ = with_examples((carded, spoken), NOT_ASKED)
     assert asked.examples == ("How many legs have 3 cats?", "What is 7 times 8?")
     assert asked.examples_from == "its model card"
@@ -230,6 +238,41 @@ def test_an_exported_composite_is_the_same_wherever_it_is_moved(mixed: Path, sto
         export_directory(mixed, moved, store)
     with pytest.raises(ServeError, match="holds no composite"):
         Composite.open(tmp_path)
+
+
+def test_only_what_makes_a_checkpoint_is_exported(quick: dict[str, Checkpoint], store: Store, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(quick["stories-math"].path, home)
+    (home / ".env").write_text("SECRET=1")
+    (home / "optimizer.pt").write_text("x")
+    math = expert(inspect_checkpoint("stories-math", home, store), MATH)
+    encoder = write_sentence_encoder(tmp_path / "encoder")
+    section = MixtureSection(router=RouterSection(abstain_to="script-code", encoder=str(encoder)))
+    path = build_composite("mix", (math, expert(quick["script-code"], CODE)), {}, section, store, NOT_ASKED)
+    out = export_directory(path, tmp_path / "out", store)
+    assert {one.name for one in (out / "experts" / "stories-math").iterdir()} <= {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert (out / "experts" / "stories-math" / "model.safetensors").stat().st_nlink == 1
+    first = load_router(path)
+    shutil.rmtree(encoder)
+    second = load_router(out)
+    assert first is not None
+    assert second is not None
+    assert first.route(MATH[0]) == second.route(MATH[0]), "the encoder went along"
+
+
+def test_a_composite_cannot_point_out_of_itself(mixed: Path, store: Store, tmp_path: Path) -> None:
+    out = export_directory(mixed, tmp_path / "out", store)
+    manifest = (out / MANIFEST).read_text()
+    (out / MANIFEST).write_text(manifest.replace('"path": "experts/stories-math"', '"path": "../../secret"'))
+    with pytest.raises(ServeError, match="outside of it"):
+        Composite.open(out)
+    (out / MANIFEST).write_text(manifest.replace('"remote_code": false', '"remote_code": true', 1))
+    result = CliRunner().invoke(serve, [str(out)])
+    assert isinstance(result.exception, ServeError)
+    assert "needs Python code of its own; refused" in str(result.exception)
 
 
 def test_an_expert_that_changed_is_refused(mixed: Path, store: Store, tmp_path: Path) -> None:

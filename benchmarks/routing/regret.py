@@ -27,7 +27,7 @@ from composer.evaluation.tasks import split_of
 from composer.mixture import Expert, Known
 from composer.mixture.examples import text_losses
 from composer.mixture.routing import brief_of, candidates_of
-from composer.mixture.settings import RouterSection
+from composer.mixture.settings import MixtureSection, RouterSection
 from composer.probes import ProbesSection, load_texts
 from composer.zoo import inspect_checkpoint
 from routers import ROUTERS
@@ -115,7 +115,7 @@ def main() -> None:
     right: dict[str, float] = {"domain": 1.0}
     for name, settings in SECTIONS.items():
         with tempfile.TemporaryDirectory() as home:
-            brief = brief_of(experts, RouterSection(**settings), known)
+            brief = brief_of(experts, MixtureSection(router=RouterSection(**settings)), known)
             kind = ROUTERS.get(settings["kind"])
             router = kind.load(kind.build(brief, Path(home)), Path(home), candidates_of(experts))
             chosen = {task: [router.route(text).expert for text in prompts.values()] for task, prompts in asked.items()}

@@ -75,7 +75,7 @@ def tune(run: str, texts: Path | None, abstain: float | None, write: bool, as_js
     if before.value:
         click.echo(f"value on the proxy items {before.value['routed']:.4f} -> {after.value['routed']:.4f}")
     policy = tuned.policy
-    keys = f"threshold: {policy.threshold:.4f}, temperature: {policy.temperature:.4f}"
+    keys = f"threshold: {policy.threshold!r}, temperature: {policy.temperature!r}"
     click.echo(f"in the recipe: mixture: {{router: {{{keys}}}}}")
     click.echo("the run's composite has it now" if write else "--write gives it to the run's composite")
 

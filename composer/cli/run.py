@@ -119,7 +119,8 @@ def _tell(run: Run, as_json: bool) -> None:
     from composer.mixture import Composite
 
     print_evidence(evidence)
-    router = Composite.open(run.composite).router
+    composite = Composite.open(run.composite)
+    router = composite.router or composite.gates
     for warning in router.warnings if router else ():
         click.echo(f"warning: router: {warning}")
     click.echo(f"report: {run.path / 'report.html'}")

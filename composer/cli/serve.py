@@ -10,7 +10,7 @@ import click
 from composer.artefacts import Store
 from composer.cli.options import json_option, print_json
 from composer.errors import RecipeError, ServeError
-from composer.mixture.composite import MANIFEST
+from composer.mixture.composite import MANIFEST, Composite
 from composer.recipe import override, section_of
 from composer.runs import Run, runs_root
 from composer.serving.settings import ServeSection
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 @click.command("serve")
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--trust-remote-code", is_flag=True, help="Let an exported composite run Python code of its models.")
 @json_option
-def command(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(run: str, overrides: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
     """Serve the composite of a run until Ctrl-C. RUN is a path, a run's or a recipe's name, or what 'export' wrote.
 
     The recipe's serve settings can be overridden: model-composer serve quickstart port=9000
@@ -31,7 +32,7 @@ def command(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from composer.cli.progress import progress_bar
     from composer.serving.server import Server
 
-    directory, section, logs, store = _served(run, overrides)
+    directory, section, logs, store = _served(run, overrides, code=trust_remote_code)
     with progress_bar(quiet=as_json) as progress:
         server = Server(directory, section, logs, progress, store).__enter__()
     try:
@@ -42,10 +43,16 @@ def command(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
         server.stop()
 
 
-def _served(run: str, overrides: tuple[str, ...]) -> "tuple[Path, ServeSection, Path, Store]":
+def _served(run: str, overrides: tuple[str, ...], *, code: bool) -> "tuple[Path, ServeSection, Path, Store]":
     """Return the composite's directory, its settings, where logs go, and the store."""
     settings = [one if one.startswith("serve.") else f"serve.{one}" for one in overrides]
     if (Path(run) / MANIFEST).is_file():
+        own = [one.id for one in Composite.open(Path(run)).experts if one.checkpoint.remote_code]
+        if own and not code:
+            raise ServeError(
+                f"{run}: expert '{own[0]}' needs Python code of its own; refused. If you have read that code, "
+                "give --trust-remote-code"
+            )
         root = runs_root()
         section = section_of(ServeSection, "serve", settings)
         return Path(run).resolve(), section, root / "logs" / Path(run).resolve().name, Store(root / "store")

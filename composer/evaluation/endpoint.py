@@ -188,11 +188,13 @@ class ComposedModel(LM):  # type: ignore[misc]
 def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_size: int, dtype: str | None) -> Any:
     """Return an expert whose likelihoods are computed here, since its engine gives none for prompts."""
     from composer.evaluation.in_process import load_model
+    from composer.evaluation.live import likelihood_model
 
     class LocalLikelihoods(ExpertModel):
         def __init__(self) -> None:
             super().__init__(expert, max_length, client, batch_size)
-            self.model = load_model(expert.checkpoint, batch_size, dtype)
+            loaded = load_model(expert.checkpoint, batch_size, dtype)
+            self.model = likelihood_model(loaded.model, loaded.tokenizer, batch_size)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return self.model.loglikelihood(requests)

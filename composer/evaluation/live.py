@@ -46,7 +46,7 @@ class LiveScorer:
             EvaluationError: if a task or an item cannot be scored with this model.
         """
         self._split = split
-        self._lm = _Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._lm = likelihood_model(model, tokenizer, batch_size)
         self._requests = {items.name: _requests(items) for items in split.tasks}
         """lm-eval's, by task and item hash."""
         self._pairs: dict[int, Pair] = {}
@@ -99,6 +99,14 @@ class LiveScorer:
             if kind != "generate_until" and not isfinite(answer[0] if kind == "loglikelihood" else answer):
                 raise EvaluationError(f"{subject}: its log-likelihoods are not finite")
             request.resps.append(answer)
+
+
+def likelihood_model(model: torch.nn.Module, tokenizer: Any, batch_size: int) -> Any:
+    """Return a model that answers lm-eval's requests of likelihoods the way `LiveScorer` does.
+
+    lm-eval's own one does not say which tokens are the context, and what is routed by its prompt needs to know.
+    """
+    return _Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def prompts(split: Split, limit: int) -> dict[str, tuple[str, ...]]:

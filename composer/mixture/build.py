@@ -10,11 +10,14 @@ from composer.merging.plan import MergeOutcome
 from composer.mixture.card import model_card
 from composer.mixture.composite import MANIFEST, Composite, Expert
 from composer.mixture.examples import with_examples
-from composer.mixture.levels import is_inside, mix_inside
+from composer.mixture.levels import mix_inside
 from composer.mixture.routing import Known, brief_of, candidates_of
 from composer.mixture.settings import MixtureSection
 from composer.zoo import Checkpoint, Zoo
 from routers import ROUTERS, SIMPLE, Policy, Router
+
+VERSION = 1
+"""Changes when the same experts and settings give another composite."""
 
 
 def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tuple[tuple[Expert, ...], dict[str, str]]:
@@ -108,14 +111,20 @@ def build_composite(
         RecipeError: if a name in the section is no expert, or the experts do not fit the level.
         RouterError: if the router cannot be built.
     """
-    if section.router.kind not in SIMPLE:
-        experts = with_examples(experts, known)
+    brief = None
+    if len(experts) > 1:
+        if section.router.kind not in SIMPLE:
+            experts = with_examples(experts, known)
+        brief = brief_of(experts, section, known)
     key = digest(
         [
+            VERSION,
             name,
             [expert.model_dump() for expert in experts],
             left_out,
             section.model_dump(),
+            brief.model_dump() if brief else None,
+            _content(section.router.encoder),
         ]
     )
     path = store.path("composites", key)
@@ -123,16 +132,22 @@ def build_composite(
         return path
     with store.new_directory("composites", key) as directory:
         router = gates = None
-        if len(experts) > 1 and is_inside(section):
-            whole, gates = mix_inside(f"{name}-{section.level}", experts, section, known, store)
+        if brief is not None and section.inside:
+            whole, gates = mix_inside(f"{name}-{section.level}", experts, section, brief, store)
             experts = (whole,)
-        elif len(experts) > 1:
-            brief = brief_of(experts, section.router, known)
+        elif brief is not None:
             router = ROUTERS.get(section.router.kind).build(brief, directory)
         composite = Composite(name=name, experts=experts, router=router, gates=gates, left_out=left_out)
         composite.save(directory / MANIFEST)
         (directory / "README.md").write_text(model_card(composite))
     return path
+
+
+def _content(encoder: str) -> list[list[object]]:
+    """Return name, size and time of the files of an encoder that is a directory."""
+    home = Path(encoder)
+    files = sorted(home.iterdir()) if home.is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def with_policy(directory: Path, policy: Policy, store: Store) -> Path:

@@ -44,6 +44,17 @@ def model_card(composite: Composite) -> str:
         f"Licences of the models in it: {', '.join(stated)}.",
         *[f"- {note}" for note in licence_notes(licences)],
     ]
+    if composite.gates:
+        gates = composite.gates
+        health = f"{gates.leave_one_out:.0%}" if gates.leave_one_out is not None else "not measured"
+        lines += [
+            "",
+            "## Gates",
+            "",
+            f"Experts inside: {', '.join(gates.experts)}. Gates `{gates.kind}`, made of example requests; examples "
+            f"that find their expert when left out, mean over layers: {health}.",
+            *[f"- warning: {warning}" for warning in gates.warnings],
+        ]
     if composite.router:
         router = composite.router
         health = f"{router.leave_one_out:.0%}" if router.leave_one_out is not None else "not measured"

@@ -61,10 +61,10 @@ class Composite(Value):
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Read the composite in a directory; experts that lie in it are found wherever it has been moved to.
+        """Read the composite in a directory; what lies in it is found wherever it has been moved to.
 
         Raises:
-            ServeError: if there is none.
+            ServeError: if there is none, or a relative path in it leads out of it.
         """
         file = directory / MANIFEST
         if not file.is_file():
@@ -72,10 +72,21 @@ class Composite(Value):
         found = cls.load(file)
         experts = []
         for expert in found.experts:
-            # An absolute path stays what it is.
-            checkpoint = expert.checkpoint.model_copy(update={"path": str(directory / expert.checkpoint.path)})
+            path = Path(expert.checkpoint.path)
+            if not path.is_absolute():
+                path = directory / path
+                if not path.resolve().is_relative_to(directory.resolve()):
+                    raise ServeError(f"{file}: expert '{expert.id}' is at {expert.checkpoint.path}, outside of it")
+            checkpoint = expert.checkpoint.model_copy(update={"path": str(path)})
             experts.append(expert.model_copy(update={"checkpoint": checkpoint}))
-        return found.model_copy(update={"experts": tuple(experts)})
+        changes: dict[str, object] = {"experts": tuple(experts)}
+        encoder = found.router.encoder if found.router else None
+        if found.router and encoder and encoder.source not in [one.id for one in experts]:
+            own = directory / encoder.source
+            if not Path(encoder.source).is_absolute() and own.is_dir():
+                moved = encoder.model_copy(update={"source": str(own)})
+                changes["router"] = found.router.model_copy(update={"encoder": moved})
+        return found.model_copy(update=changes)
 
     def verify(self, store: Store) -> None:
         """Check that every expert is still what the composite was built with.

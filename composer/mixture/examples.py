@@ -1,11 +1,10 @@
 """Example requests for experts whose recipe gives none, from the models themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log
 from pathlib import Path
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from composer.artefacts import Store
 from composer.evaluation.statistics import paired_gain
@@ -15,6 +14,8 @@ from composer.probes import record_probes
 
 ENOUGH = 8
 """Examples that are derived for an expert."""
+FEWEST = 2
+"""Texts that an expert gets that predicts none better than all others."""
 LONGEST = 600
 """Characters of an example that are kept."""
 
@@ -31,16 +32,23 @@ def with_examples(experts: Sequence[Expert], known: Known) -> tuple[Expert, ...]
     """
     if all(expert.examples for expert in experts) or len(experts) < 2:
         return tuple(experts)
-    found = []
+    found: list[Expert] = []
+    taken = {frozenset(expert.examples) for expert in experts if expert.examples}
     for expert in experts:
         if expert.examples:
             found.append(expert)
             continue
-        examples, origin = _of_card(expert), "its model card"
-        if not examples:
-            examples, origin = _of_tasks(expert, experts, known)
-        if not examples:
-            examples, origin = _of_losses(expert, experts, known), "the probe texts that it predicts best"
+        sources: list[Callable[[], tuple[tuple[str, ...], str]]] = [
+            lambda expert=expert: (_of_card(expert), "its model card"),  # type: ignore[misc]
+            lambda expert=expert: _of_tasks(expert, experts, known),  # type: ignore[misc]
+            lambda expert=expert: (_of_losses(expert, experts, known), "the probe texts that it predicts best"),  # type: ignore[misc]
+        ]
+        for source in sources:
+            examples, origin = source()
+            # Fine-tunes that kept the card of their base say the same.
+            if examples and frozenset(examples) not in taken:
+                break
+        taken.add(frozenset(examples))
         found.append(expert.model_copy(update={"examples": examples, "examples_from": origin}))
     return tuple(found)
 
@@ -55,7 +63,7 @@ def card_examples(card: str) -> tuple[str, ...]:
         return ()
     try:
         front = YAML(typ="safe").load(parts[1])
-    except YAMLError:
+    except Exception:  # whatever the text of a card makes the parser stumble over
         return ()
     widget = front.get("widget") if isinstance(front, dict) else None
     texts = []
@@ -71,11 +79,14 @@ def card_examples(card: str) -> tuple[str, ...]:
 
 
 def _of_card(expert: Expert) -> tuple[str, ...]:
-    # What was merged has no card of its own.
-    card = Path(expert.checkpoint.path) / "README.md"
-    if expert.checkpoint.lineage is not None or not card.is_file():
+    checkpoint = expert.checkpoint
+    if checkpoint.lineage is not None:  # what was merged has no card of its own
         return ()
-    return card_examples(card.read_text(encoding="utf-8", errors="replace"))
+    for home in (checkpoint.source.adapter, checkpoint.home):
+        card = Path(home) / "README.md" if home else None
+        if card is not None and card.is_file():
+            return card_examples(card.read_text(encoding="utf-8", errors="replace"))
+    return ()
 
 
 def _of_tasks(expert: Expert, experts: Sequence[Expert], known: Known) -> tuple[tuple[str, ...], str]:
@@ -101,7 +112,9 @@ def _of_losses(expert: Expert, experts: Sequence[Expert], known: Known) -> tuple
     others = [row for number, row in enumerate(table) if number != place]
     lead = [min(row[n] for row in others) - table[place][n] for n in range(len(texts))]
     ranked = sorted(range(len(texts)), key=lambda n: -lead[n])
-    return tuple(texts[n][:LONGEST] for n in ranked[:ENOUGH])
+    # Texts that another predicts better are another's, unless there are no others.
+    ahead = [n for n in ranked if lead[n] > 0] or ranked[:FEWEST]
+    return tuple(texts[n][:LONGEST] for n in ahead[:ENOUGH])
 
 
 def text_losses(experts: Sequence[Expert], texts: Sequence[str], store: Store) -> list[list[float]]:

@@ -1,7 +1,7 @@
 """Taking a composite elsewhere: a directory that needs nothing else, or a proxy's list of models."""
 
-import os
 import shutil
+import uuid
 from io import StringIO
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from composer.errors import ServeError, disk_errors
 from composer.mixture.card import model_card
 from composer.mixture.composite import MANIFEST, Composite
 from composer.progress import Progress, Step, silent
-from composer.zoo import inspect_checkpoint
+from composer.zoo import TOKENIZER_FILES, Checkpoint, inspect_checkpoint
+from composer.zoo.writing import copy_files
+from routers import RouterManifest
 
-EXPERTS = "experts"
+EXPERTS, ENCODER = "experts", "encoder"
 KEY = "os.environ/MODEL_COMPOSER_API_KEY"
 """Where LiteLLM finds the key; it is never written down."""
 
@@ -22,7 +24,8 @@ KEY = "os.environ/MODEL_COMPOSER_API_KEY"
 def export_directory(source: Path, out: Path, store: Store, progress: Progress = silent) -> Path:
     """Write a composite as one directory: model card, manifest, router, and every expert as a checkpoint in `experts/`.
 
-    It can be moved, uploaded as a repository, and served by path. Files are linked where the disk can, else copied.
+    It can be moved, uploaded as a repository, and served by path. Of a model's directory only what makes a checkpoint
+    goes along: whatever else lies there stays.
 
     Args:
         source: The composite's directory.
@@ -38,8 +41,7 @@ def export_directory(source: Path, out: Path, store: Store, progress: Progress =
         raise ServeError(f"{out} is not empty; name a new directory")
     composite = Composite.open(source)
     composite.verify(store)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with disk_errors(out):
             partial.mkdir(parents=True)
@@ -50,16 +52,19 @@ def export_directory(source: Path, out: Path, store: Store, progress: Progress =
             for done, expert in enumerate(composite.experts, start=1):
                 progress(Step(stage="export", message=expert.id, done=done, total=len(composite.experts)))
                 place = Path(EXPERTS) / expert.id
-                shutil.copytree(expert.checkpoint.path, partial / place, copy_function=_link)
+                (partial / place).mkdir(parents=True)
+                copy_files(_files(expert.checkpoint), partial / place)
                 # What was folded or dequantised is known by what it was made from; here it is what it is.
                 remote = expert.checkpoint.remote_code
                 own = inspect_checkpoint(expert.id, partial / place, store, trust_remote_code=remote)
                 here = {name: str(place) for name in ("path", "home", "tokenizer_home")}
                 origin = own.source.model_copy(update={"path": str(place)})
-                kept = {"lineage": expert.checkpoint.lineage, "licence": expert.checkpoint.licence}
+                names = ("lineage", "licence", "dequantised_from", "base_hint")
+                kept = {name: getattr(expert.checkpoint, name) for name in names}
                 moved = own.model_copy(update={**here, **kept, "source": origin})
                 experts.append(expert.model_copy(update={"checkpoint": moved}))
-            written = composite.model_copy(update={"experts": tuple(experts)})
+            router = _with_encoder(composite, partial)
+            written = composite.model_copy(update={"experts": tuple(experts), "router": router})
             written.save(partial / MANIFEST)
             (partial / "README.md").write_text(model_card(written))
             if out.exists():
@@ -82,9 +87,26 @@ def litellm_models(composite: Composite, url: str) -> str:
     return out.getvalue()
 
 
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files that make a checkpoint."""
+    home = Path(checkpoint.path)
+    patterns = ["*.safetensors", "*.safetensors.index.json", "LICEN[CS]E*"]
+    patterns += ["*.py"] if checkpoint.remote_code else []
+    names = ["config.json", "generation_config.json", "README.md", *TOKENIZER_FILES]
+    return [*(home / name for name in names), *(file for pattern in patterns for file in sorted(home.glob(pattern)))]
+
+
+def _with_encoder(composite: Composite, directory: Path) -> RouterManifest | None:
+    """Return the router with a sentence encoder of its own beside it, where it reads with one."""
+    router = composite.router
+    if router is None or router.encoder is None or router.encoder.source in [one.id for one in composite.experts]:
+        return router
+    home = Path(router.encoder.source)
+    if not home.is_dir():
+        from huggingface_hub import snapshot_download
+
+        home = Path(snapshot_download(router.encoder.source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    names = ["config.json", "vocab.txt", *TOKENIZER_FILES]
+    (directory / ENCODER).mkdir()
+    copy_files([*(home / name for name in names), *sorted(home.glob("*.safetensors"))], directory / ENCODER)
+    return router.model_copy(update={"encoder": router.encoder.model_copy(update={"source": ENCODER})})

@@ -67,9 +67,20 @@ def build_ffn(
     if gates.bias is not None and bool(gates.bias.any()):
         raise ValueError("gates at FFN level have no bias")
     form = form_of(dense, settings.dense_layers)
+    if form == "qwen2_moe" and dense.architecture == "MistralForCausalLM" and _window(dense):
+        raise RecipeError(
+            f"mixture.dense_layers: '{dense.id}' attends to a window of {_window(dense)} tokens, which what has dense "
+            "layers does otherwise; mixture.dense_layers: 0 works, and so does mixture.level: block"
+        )
     donor, donors = Donor(dense), [Donor(expert) for expert in experts]
     parts = dict(_parts(form, donor, donors, gates.weight, settings.dense_layers))
     return assemble(parts, dense, _config(form, experts, dense, settings), directory)
+
+
+def _window(dense: Checkpoint) -> int | None:
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(dense.home, local_files_only=True), "sliding_window", None)
 
 
 def form_of(dense: Checkpoint, dense_layers: int) -> Form:

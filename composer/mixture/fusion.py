@@ -48,6 +48,9 @@ class ModelMixtureConfig(PreTrainedConfig):  # type: ignore[misc]
     encoder_layers: int = 0
     """How many of its layers."""
     num_experts_per_tok: int = 1
+    max_position_embeddings: int | None = None
+    """What the shortest expert reads."""
+    vocab_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.experts = [AutoConfig.for_model(**one) if isinstance(one, dict) else one for one in self.experts]
@@ -102,9 +105,9 @@ class FusedCache(Cache):  # type: ignore[misc]
         """Keep some rows."""
         self._each(lambda cache: cache.batch_select_indices(indices), lambda shares: shares[indices])
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; what the prompt decided stays."""
-        self._each(lambda cache: cache.crop(max_length), lambda shares: shares)
+        self._each(lambda cache: cache.crop(tokens_to_remove), lambda shares: shares)
 
     def _each(self, change: Any, share: Any) -> None:
         for cache in self.experts:
@@ -293,8 +296,19 @@ def build_fusion(
         encoder_layers=layers,
         num_experts_per_tok=top_k,
         architectures=[ModelMixtureForCausalLM.__name__],
+        max_position_embeddings=min((one.context_length for one in experts if one.context_length), default=None),
+        vocab_size=experts[0].vocabulary_size,
     )
     first = AutoConfig.from_pretrained(experts[encoder].home, local_files_only=True)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, getattr(first, key, None))
+    config.bos_token_id, config.pad_token_id = first.bos_token_id, first.pad_token_id
+    config.eos_token_id = _ends(experts)
     return assemble(parts, experts[encoder], config, directory)
+
+
+def _ends(experts: Sequence[Checkpoint]) -> list[int] | None:
+    """Return the tokens that end an answer of any of the experts."""
+    found: list[int] = []
+    for one in experts:
+        own = AutoConfig.from_pretrained(one.home, local_files_only=True).eos_token_id
+        found += own if isinstance(own, list) else [own] if own is not None else []
+    return sorted(set(found)) or None

@@ -1,5 +1,6 @@
 """Mixtures inside one model: what the recipe's level makes of experts that fit."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +14,8 @@ from composer.merging.engine.shelf import Shelf
 from composer.merging.plan import MergeStep
 from composer.mixture.composite import Expert
 from composer.mixture.gates import Gates, Level, gate_inputs
-from composer.mixture.routing import Known, brief_of, candidates_of
 from composer.mixture.settings import MixtureSection
-from composer.mixture.shapes import check_level, check_tokenizers
+from composer.mixture.shapes import check_level, check_tokenizers, reads
 from composer.registry import nearest
 from composer.zoo import Checkpoint, Lineage, inspect_checkpoint
 from routers import ROUTERS, Brief, RouterManifest
@@ -23,22 +23,20 @@ from routers import ROUTERS, Brief, RouterManifest
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def is_inside(section: MixtureSection) -> bool:
-    """Return whether experts become one model, rather than models behind a router."""
-    return section.level != "model" or section.top_k > 1
+VERSION = 1
+"""Changes when the same experts and settings give another model."""
 
 
 def mix_inside(
-    name: str, experts: Sequence[Expert], section: MixtureSection, known: Known, store: Store
+    name: str, experts: Sequence[Expert], section: MixtureSection, brief: Brief, store: Store
 ) -> tuple[Expert, RouterManifest]:
     """Write experts as one model, unless it has been written before.
 
     Args:
         name: What the model is called.
         experts: Two or more.
-        section: The recipe's `mixture`, with a level for which `is_inside` holds.
-        known: What can be found out about the experts.
+        section: The recipe's `mixture`, of which `inside` holds.
+        brief: What the gates are made from.
         store: Keeps the model.
 
     Returns:
@@ -48,9 +46,17 @@ def mix_inside(
         RecipeError: if the experts do not fit, with the property that differs and the level that would work.
         RouterError: if gates cannot be made of the example requests.
     """
-    brief = brief_of(experts, section.router, known)
     write = _Fusion(experts, section, brief) if section.level == "model" else _Layers(experts, section, brief, store)
-    key = digest([section.model_dump(), [one.checkpoint.content_hash for one in experts], brief.model_dump()])
+    gates = brief.model_dump(exclude={"policy", "candidates"})
+    examples = [one.examples for one in experts]
+    settings = [
+        section.level,
+        section.dense,
+        section.layers.model_dump(),
+        section.router.kind,
+        section.router.temperature,
+    ]
+    key = digest([VERSION, settings, [one.checkpoint.content_hash for one in experts], examples, gates])
     path = store.path("mixtures", key)
     if not path.is_dir():
         with store.new_directory("mixtures", key) as directory:
@@ -80,12 +86,15 @@ class _Fusion:
 
     def __init__(self, experts: Sequence[Expert], section: MixtureSection, brief: Brief) -> None:
         self.experts, self.section = experts, section
-        self.brief = brief.model_copy(update={"table": False})
-        if brief.encoder not in ("auto", *(one.id for one in experts)):
-            raise RecipeError(
-                "mixture.router.encoder: with mixture.top_k above 1 an expert's own layers read the prompt"
-            )
         check_tokenizers([one.checkpoint for one in experts], section.top_k)
+        names = [one.id for one in experts if reads(one.checkpoint)]
+        if brief.encoder not in ("auto", *names) or not names:
+            raise RecipeError(
+                f"mixture.router.encoder: '{brief.encoder}' cannot read the prompt where mixture.top_k is above 1; "
+                f"{', '.join(names) or 'none of the experts'} can, mixture.top_k: 1 takes any"
+            )
+        pool = tuple(one.model_copy(update={"reads": one.id in names}) for one in brief.candidates)
+        self.brief = brief.model_copy(update={"candidates": pool})
 
     def write(self, directory: Path) -> RouterManifest:
         from safetensors.torch import load_file
@@ -148,7 +157,7 @@ class _Layers:
     def _gates(self, dense: Checkpoint) -> tuple[Gates, RouterManifest]:
         import torch
 
-        from routers.gated import GatedKind, check_examples, left_out, macro
+        from routers.gated import GatedKind, check_examples, left_out, macro, warnings_of
 
         kind = ROUTERS.get(self.section.router.kind)
         assert isinstance(kind, GatedKind)  # noqa: S101 - the settings let no other through
@@ -170,12 +179,16 @@ class _Layers:
             weight, bias = without_bias(weight, seen), None
         count = len(texts)
         pairs = [left_out(kind.gates, layer[:count], shares[:count]) for layer in seen]
+        names = tuple(one.id for one in self.experts)
+        confused = Counter(f"{names[a]} -> {names[b]}" for layer in pairs for a, b in layer if a != b)
+        accuracy = sum(map(macro, pairs)) / len(pairs) if pairs[0] else None
         manifest = RouterManifest(
             kind=kind.name,
-            experts=tuple(one.id for one in candidates_of(self.experts)),
+            experts=names,
             policy=self.brief.policy,
-            leave_one_out=sum(map(macro, pairs)) / len(pairs) if pairs[0] else None,
+            leave_one_out=accuracy,
             learnt_from=len(labelled),
+            warnings=warnings_of(self.brief.candidates, accuracy, confused, None),
         )
         return Gates(weight, bias), manifest
 

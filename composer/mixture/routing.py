@@ -8,12 +8,10 @@ from pathlib import Path
 from composer.errors import RecipeError
 from composer.evaluation.scores import Scorer, Scores
 from composer.mixture.composite import Expert
-from composer.mixture.settings import RouterSection
+from composer.mixture.settings import BALANCED, MixtureSection
 from composer.registry import nearest
 from routers import Brief, Candidate, Labelled, Policy
 
-BALANCED = 4
-"""Layers that preset `balanced` reads at most."""
 SHARP = 8.0
 """Odds of an expert that predicts a text better than another by the usual spread between experts."""
 
@@ -47,18 +45,18 @@ class Known:
     losses: Losses
 
 
-def brief_of(experts: Sequence[Expert], section: RouterSection, known: Known) -> Brief:
+def brief_of(experts: Sequence[Expert], mixture: MixtureSection, known: Known) -> Brief:
     """Return what a router is to be built for.
 
     Args:
         experts: Two or more.
-        section: The recipe's router settings.
+        mixture: The recipe's section.
         known: What can be found out about them.
 
     Raises:
         RecipeError: if a name in the section is no expert, or the file of labelled texts is not one.
     """
-    names = [expert.id for expert in experts]
+    section, names = mixture.router, [expert.id for expert in experts]
     for key, own in (("abstain_to", [section.abstain_to]), ("weights", list(section.weights))):
         for name in own:
             if name not in (*names, "auto"):
@@ -67,7 +65,9 @@ def brief_of(experts: Sequence[Expert], section: RouterSection, known: Known) ->
                     f"mixture.router.{key}: '{name}' is no expert{close} (the experts are: {', '.join(names)})"
                 )
     fallback = section.abstain_to
-    if fallback == "auto":
+    if mixture.inside:
+        fallback = names[0]  # there is no falling back inside a model
+    elif fallback == "auto":
         fallback = max(experts, key=lambda expert: known.score(expert.checkpoint).mean).id
     labelled: list[Labelled] = []
     if section.learn_from == "proxy":

@@ -8,8 +8,14 @@ from composer.settings import Identifier, PathText, Section, named
 from composer.value import Value
 from routers import ROUTERS
 
+OUTSIDE = {"preset", "threshold", "abstain_to", "weights", "tie", "scope"}
+"""Settings of a router that gates inside a model know nothing of."""
 LINEAR = ("prompt", "linear", "prompt_glue")
 """Routers that are one linear layer."""
+
+
+BALANCED = 4
+"""Layers that preset `balanced` reads at most."""
 
 
 class RouterSection(Section):
@@ -45,6 +51,14 @@ class RouterSection(Section):
     scope: Literal["last", "first", "conversation"] = "last"
     """What of a chat is read: the last user message, the first one, so that a conversation stays with one expert, or
     all user messages together."""
+
+    @model_validator(mode="after")
+    def _layer_fits_preset(self) -> Self:
+        if self.preset == "balanced" and isinstance(self.layer, int) and self.layer > BALANCED:
+            raise ValueError(
+                f"layer {self.layer}: preset balanced reads at most {BALANCED} layers; leave one of them out"
+            )
+        return self
 
 
 class LayerSettings(Value):
@@ -88,9 +102,21 @@ class MixtureSection(Section):
             raise ValueError(f"{', '.join(sorted(given))}: only levels block and ffn have it")
         if self.level == "ffn" and (self.routing == "sample" or self.shared_gate):
             raise ValueError("level ffn routes each token by a gate of each layer; level block can do otherwise")
-        if self.level != "model" and self.router.kind not in LINEAR:
-            raise ValueError(f"level {self.level} takes router kinds {', '.join(LINEAR)}: a gate is one linear layer")
+        if not self.inside:
+            return self
+        if self.router.kind not in LINEAR:
+            raise ValueError(
+                f"router kind {self.router.kind}: a gate inside a model is one linear layer ({', '.join(LINEAR)})"
+            )
+        useless = self.router.model_fields_set & (OUTSIDE if self.level == "model" else OUTSIDE | {"encoder", "layer"})
+        if useless:
+            raise ValueError(f"router {', '.join(sorted(useless))}: only whole models behind a router have it")
         return self
+
+    @property
+    def inside(self) -> bool:
+        """Whether experts become one model, rather than models behind a router."""
+        return self.level != "model" or self.top_k > 1
 
     @property
     def layers(self) -> LayerSettings:

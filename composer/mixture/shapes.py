@@ -67,6 +67,8 @@ def check_tokenizers(experts: Sequence[Checkpoint], top_k: int) -> None:
         found = None
         if one.remote_code:
             found = "it brings Python code of its own"
+        elif one.quantisation:
+            found = f"it is stored quantised ({one.quantisation})"
         elif _tokens(one) != _tokens(first):
             found = "another tokenizer"
         elif one.vocabulary_size != first.vocabulary_size:
@@ -76,6 +78,22 @@ def check_tokenizers(experts: Sequence[Checkpoint], top_k: int) -> None:
                 f"mixture.top_k: {top_k} averages distributions over tokens, and '{one.id}' does not go with "
                 f"'{first.id}': {found}; mixture.top_k: 1 works for any models"
             )
+
+
+def reads(checkpoint: Checkpoint) -> bool:
+    """Return whether a model's first layers can be run alone; found by building it without weights."""
+    import json
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(**json.loads((Path(checkpoint.home) / "config.json").read_text()))
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config).base_model
+    except Exception:  # whatever a configuration makes transformers stumble over
+        return False
+    return hasattr(base, "layers") and hasattr(base, "norm")
 
 
 def check_gates(gates: Gates, experts: int, dense: Checkpoint, settings: LayerSettings) -> None:

@@ -13,6 +13,8 @@ BORDER = 8
 """Prompts near the border that are shown."""
 SHOWN = 160
 """Characters of each."""
+MOST = 1 - 1e-9
+"""The highest threshold."""
 BINS = 10
 """Of confidence, when its calibration is measured."""
 
@@ -99,6 +101,7 @@ def tune(policy: Policy, seen: Sequence[Observed], abstain: float | None = None)
     if abstain is not None:
         ranked = sorted(sure)
         threshold = ranked[min(round(abstain * len(ranked)), len(ranked) - 1)] if ranked else 0.0
+        threshold = min(threshold, MOST)
         tuned = tuned.model_copy(update={"threshold": threshold})
     elif labelled:
         tuned = tuned.model_copy(update={"threshold": _threshold(tuned, seen, sure)})
@@ -153,15 +156,17 @@ def _temperature(policy: Policy, labelled: Sequence[tuple[Observed, list[str]]])
 
 
 def _threshold(policy: Policy, seen: Sequence[Observed], sure: Sequence[float]) -> float:
-    valued = [(confidence, one) for confidence, one in zip(sure, seen, strict=True) if one.values]
-
-    def value(threshold: float) -> float:
-        own = policy.model_copy(update={"threshold": threshold})
-        return sum(one.values[own.decide(one.scores).expert] for _, one in valued) / len(valued)
-
-    # Just above each confidence: between two of them nothing changes. The lowest of the best ones.
-    grid = [0.0, *sorted({confidence + 1e-9 for confidence, _ in valued if confidence < 1 - 1e-9})]
-    return max(grid, key=lambda threshold: (value(threshold), -threshold))
+    """Return the lowest threshold with the highest mean value."""
+    valued = sorted((confidence, place) for place, confidence in enumerate(sure) if seen[place].values)
+    # What is gained if the fallback answers, prompt after prompt from the most unclear one on.
+    best = gained = threshold = 0.0
+    for number, (confidence, place) in enumerate(valued):
+        one = seen[place]
+        gained += one.values[policy.abstain_to] - one.values[policy.decide(one.scores).expert]
+        last = number + 1 == len(valued) or valued[number + 1][0] > confidence
+        if last and gained > best + 1e-12:
+            best, threshold = gained, min(confidence + 1e-9, MOST)
+    return threshold
 
 
 def _border(one: Observed, decision: Decision, policy: Policy) -> Border:

@@ -349,6 +349,8 @@ def _content_hash(one: Description, store: Store, progress: Progress) -> str:
     else:
         path = Path(one.source.path)
         files = [path / "config.json", *weight_files(path), *(path / name for name in TOKENIZER_FILES)]
+        if one.remote_code:
+            files += sorted(path.glob("*.py"))
     hashes = _hashes(one.id, files, store, progress)
     if one.source.adapter is None:
         return digest(hashes)
