@@ -186,9 +186,13 @@ def _cost(
 ) -> Cost:
     largest = max(zoo.members, key=lambda member: member.parameters)
     served = [zoo[cluster.members[0]] for cluster in clusters]
-    engines = len(served)
+    # Experts inside one model are written as one, beside the dense model that holds them.
+    inside = recipe.mixture.inside and len(zoo.members) > 1
+    engines = 1 if inside else len(served)
     disk = sum(plan.merges * zoo[plan.members[0]].size_bytes for plan in plans)
     disk += sum(one.size_bytes for one in zoo.members if not one.source.whole)  # folded in or dequantised
+    if inside:
+        disk += sum(one.size_bytes for one in zoo.members) + largest.size_bytes
     seconds = FIXED_SECONDS + engines * ENGINE_START
     for plan in plans:
         size = sum(zoo[name].size_bytes for name in plan.members)
@@ -197,7 +201,7 @@ def _cost(
         trial = size / TRIAL_RATE + _score_seconds(zoo[plan.members[0]], proxy) - LOAD_SECONDS
         seconds += plan.trials * trial / (recipe.workers or 1)
     seconds += sum(_score_seconds(member, held_out) for member in zoo.members)
-    seconds += _score_seconds(largest, held_out)  # the composite
+    seconds += _score_seconds(largest, held_out) * (len(zoo.members) if inside else 1)  # the composite
     serving = PROCESS_GB + sum(ENGINE_GB + 4e-9 * one.parameters + recipe.serve.kv_cache_mb / 1024 for one in served)
     logits = 8e-9 * recipe.evaluate.batch_size * BATCH_TOKENS * max(m.vocabulary_size or 0 for m in zoo.members)
     merging = PROCESS_GB + 3 * 4e-9 * largest.parameters + logits

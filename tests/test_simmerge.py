@@ -22,13 +22,13 @@ from composer.merging.engine.shelf import Shelf
 from composer.merging.judge import Judge
 from composer.merging.merge import merge_cluster
 from composer.merging.operators import OPERATORS
-from composer.merging.plan import MergeOutcome, MergePlan
+from composer.merging.plan import Forecast, MergeOutcome, MergePlan
 from composer.merging.settings import MergeSection
 from composer.merging.strategies import STRATEGIES
 from composer.merging.trials import TrialLog
 from composer.merging.workbench import Workbench
 from composer.probes import ProbesSection
-from composer.simmerge.advisor import Advisor
+from composer.simmerge.advisor import Advisor, worth_trying
 from composer.simmerge.arms import ARMS, Arm, arms_of
 from composer.simmerge.bandit import CONTEXT, Bandit, Policy, context_of, load_bandit, teach
 from composer.simmerge.corpus import load_corpus, matrix
@@ -526,13 +526,23 @@ def test_after_a_merge_the_rest_is_looked_at_again(run: Run) -> None:
 
 
 def test_what_is_predicted_to_lose_is_refused_and_nothing_is_made(run: Run) -> None:
-    plan, outcome, bench = run("simmerge", simmerge={"risk": 0.001})
+    plan, outcome, bench = run("simmerge", simmerge={"risk": 0.001, "most": 2})
     assert plan.advice is not None
     assert "merge.simmerge.risk" in str(plan.advice.refused)
     assert plan.trials == plan.merges == 0
     assert outcome.result is None
     assert outcome.whole == MEMBERS
     assert bench.log._base.execute("SELECT count(*) FROM trials").fetchone()[0] == 0
+
+
+def test_what_is_unlike_all_training_is_tried_rather_than_refused() -> None:
+    known = Forecast(
+        operator="linear", inputs=("a", "b"), parameters={}, label="linear", gain=-0.1, low=-0.2, high=0.0, chance=0.1,
+        by_task={}, novelty=0.0,
+    )  # fmt: skip
+    assert not worth_trying(known, 0.5)
+    assert worth_trying(known, 0.95)
+    assert worth_trying(known.model_copy(update={"novelty": 0.2}), 0.5)
 
 
 def test_the_bandit_makes_as_many_as_it_is_told_and_remembers(run: Run, tmp_path: Path) -> None:

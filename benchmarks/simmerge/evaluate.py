@@ -266,7 +266,7 @@ def several(test: pd.DataFrame, gain: np.ndarray) -> None:
             continue
         chosen = part["predicted"].idxmax()
         rank = float((part["score"] > part.loc[chosen, "score"]).mean())
-        found = part.loc[chosen]
+        found = part.loc[[chosen]].iloc[0]
         show(
             "several",
             sizes=size,

@@ -80,7 +80,7 @@ class BanditSection(Section):
 class MergeSection(Section):
     """How a cluster becomes one model."""
 
-    strategy: named(STRATEGIES) = "average"  # type: ignore[valid-type]
+    strategy: named(STRATEGIES) = "simmerge"  # type: ignore[valid-type]
     """`average` and `coefficient` merge the members in one after another, the best first, with equal weights or with
     the best of a grid; `similarity` the most (or least) similar first; `evolution` searches all coefficients at once;
     `simmerge` makes what a predictor says will gain; `bandit` learns from every merge which to make next;

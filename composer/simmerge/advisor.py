@@ -23,6 +23,10 @@ from composer.simmerge.predictor import SHIPPED, Predictor
 from composer.simmerge.signals import gather
 from composer.zoo import Checkpoint, make_whole
 
+STRANGE = 0.05
+"""Novelty from which a predictor still ranks merges, but does not refuse any. How often merges gain at all is another
+thing for other models, and the first that is wrong for what is far from its training; those it was trained on are
+below."""
 SHOWN = 8
 """Forecasts that are kept of all that were weighed."""
 
@@ -86,7 +90,7 @@ class Advisor:
         if not top:
             return "none of the operators takes these models"
         first, risk = top[0], self.section.simmerge.risk
-        if first.chance >= 1 - risk:
+        if worth_trying(first, risk):
             return None
         return (
             f"the best of {weighed} merges, {first.label} of {', '.join(first.inputs)}, is predicted {first.gain:+.4f} "
@@ -125,6 +129,11 @@ class Advisor:
         """
         given = self.section.operators if "operators" in self.section.model_fields_set else list(ARMS)
         return arms_of([name for name in given if based or OPERATORS.get(name).start != "base"])
+
+
+def worth_trying(one: Forecast, risk: float) -> bool:
+    """Return whether a merge is to be made: it is sure enough to gain, or too strange for a refusal."""
+    return one.chance >= 1 - risk or one.novelty > STRANGE
 
 
 def forecast(one: Weighed, ids: Sequence[str], tasks: Sequence[str]) -> Forecast:

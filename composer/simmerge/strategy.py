@@ -11,6 +11,7 @@ from composer.merging.settings import MergeSection
 from composer.merging.strategies.greedy import decide, settle
 from composer.merging.strategies.growth import Growth, flat_weights
 from composer.merging.workbench import Workbench
+from composer.simmerge.advisor import STRANGE, worth_trying
 from composer.simmerge.bandit import load_bandit, teach
 from composer.zoo import Lineage
 
@@ -162,7 +163,7 @@ def _made_by(step: MergeStep, lineage: Lineage) -> bool:
 
 
 def _worth_trying(advice: Advice, section: MergeSection) -> list[Forecast]:
-    enough = [one for one in advice.forecasts if one.chance >= 1 - section.simmerge.risk]
+    enough = [one for one in advice.forecasts if worth_trying(one, section.simmerge.risk)]
     return enough[: section.simmerge.tries]
 
 
@@ -171,7 +172,8 @@ def _step(one: Forecast, name: str) -> MergeStep:
 
 
 def _in_words(one: Forecast) -> str:
-    return f"{one.label} of {', '.join(one.inputs)} ({one.gain:+.4f} predicted, {one.low:+.4f} to {one.high:+.4f})"
+    words = f"{one.label} of {', '.join(one.inputs)} ({one.gain:+.4f} predicted, {one.low:+.4f} to {one.high:+.4f})"
+    return f"{words}, unlike what the predictor was trained on: to be tried" if one.novelty > STRANGE else words
 
 
 strategy, bandit = SimMerge(), BanditMerges()
