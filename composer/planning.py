@@ -160,7 +160,7 @@ def _notes(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str
 
 def _check_bases(recipe: Recipe, zoo: Zoo) -> None:
     section = recipe.merge
-    used = [one.operator for one in section.merges] if section.strategy == "fixed" else section.operators
+    used = [one.operator for one in section.merges] if section.strategy == "fixed" else section.searched
     for name in used if section.strategy != "none" else ():
         if OPERATORS.get(name).start == "base" and zoo.base is None:
             raise MergeError(f"operator '{name}' works on task vectors; set zoo.base in the recipe")

@@ -34,8 +34,8 @@ def command() -> None:
 def collect(recipe: Path, overrides: tuple[str, ...], out: Path, pairs: int, several: int, store: Path | None) -> None:
     """Merge the models of a recipe in memory, score the merges on its proxy items, and write a corpus.
 
-    Arms are those of merge.operators. A third of the proxy items is for features, the others give the labels; held-out
-    items are not looked at. What was scored before is not scored again.
+    Arms are those of merge.operators, by default all. A third of the proxy items is for features, the others give the
+    labels; held-out items are not looked at. What was scored before is not scored again.
     """
     loaded = load_recipe(recipe, list(overrides))
     from composer.artefacts import Store
@@ -44,7 +44,7 @@ def collect(recipe: Path, overrides: tuple[str, ...], out: Path, pairs: int, sev
     from composer.executors import make_executor
     from composer.merging.judge import Judge
     from composer.similarity.gate import difference
-    from composer.simmerge.arms import arms_of
+    from composer.simmerge.arms import ARMS, arms_of
     from composer.simmerge.collect import KNOWN, draw
     from composer.simmerge.collect import collect as gather_corpus
     from composer.zoo import inspect_zoo, make_whole
@@ -62,7 +62,11 @@ def collect(recipe: Path, overrides: tuple[str, ...], out: Path, pairs: int, sev
         make = partial(Judge, loaded.evaluate, loaded.probes, kept.root, {}, (KNOWN, 1.0))
         executor = make_executor(loaded.executor, make, loaded.workers)
         candidates = draw(
-            [one.id for one in models], arms_of(section.operators), pairs=pairs, several=several, seed=section.seed
+            [one.id for one in models],
+            arms_of(section.operators or list(ARMS)),
+            pairs=pairs,
+            several=several,
+            seed=section.seed,
         )
         try:
             rows = gather_corpus(

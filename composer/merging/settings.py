@@ -85,8 +85,9 @@ class MergeSection(Section):
     the best of a grid; `similarity` the most (or least) similar first; `evolution` searches all coefficients at once;
     `simmerge` makes what a predictor says will gain; `bandit` learns from every merge which to make next;
     `fixed` makes the merges listed; `none` merges nothing."""
-    operators: list[named(OPERATORS)] = Field(default=["linear"], min_length=1)  # type: ignore[valid-type]
-    """What a search merges with; with several, each is searched and the best result kept."""
+    operators: Annotated[list[named(OPERATORS)], Field(min_length=1)] | None = None  # type: ignore[valid-type]
+    """What is merged with. A search tries each and keeps the best result; by default it is `linear`. `simmerge` and
+    `bandit` weigh each; by default all that the predictor knows."""
     coefficients: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1
     )
@@ -122,6 +123,11 @@ class MergeSection(Section):
             MergeStep(name=one.name, operator=one.operator, inputs=tuple(one.models), parameters=one.parameters)
             for one in self.merges
         )
+
+    @property
+    def searched(self) -> list[str]:
+        """The operators of a search."""
+        return self.operators or ["linear"]
 
     @model_validator(mode="after")
     def _merges_belong_to_fixed(self) -> Self:

@@ -61,6 +61,14 @@ class RouterSection(Section):
         return self
 
 
+def _changed(section: Section) -> set[str]:
+    """Return the keys that are not as by default; a resolved recipe has them all."""
+    fields = type(section).model_fields
+    return {
+        key for key, field in fields.items() if getattr(section, key) != field.get_default(call_default_factory=True)
+    }
+
+
 class LayerSettings(Value):
     """How experts are mixed inside one model."""
 
@@ -97,7 +105,7 @@ class MixtureSection(Section):
 
     @model_validator(mode="after")
     def _belongs_to_its_level(self) -> Self:
-        given = self.model_fields_set & {"dense", "dense_layers", "routing", "shared_gate"}
+        given = _changed(self) & {"dense", "dense_layers", "routing", "shared_gate"}
         if self.level == "model" and given:
             raise ValueError(f"{', '.join(sorted(given))}: only levels block and ffn have it")
         if self.level == "ffn" and (self.routing == "sample" or self.shared_gate):
@@ -108,7 +116,7 @@ class MixtureSection(Section):
             raise ValueError(
                 f"router kind {self.router.kind}: a gate inside a model is one linear layer ({', '.join(LINEAR)})"
             )
-        useless = self.router.model_fields_set & (OUTSIDE if self.level == "model" else OUTSIDE | {"encoder", "layer"})
+        useless = _changed(self.router) & (OUTSIDE if self.level == "model" else OUTSIDE | {"encoder", "layer"})
         if useless:
             raise ValueError(f"router {', '.join(sorted(useless))}: only whole models behind a router have it")
         return self

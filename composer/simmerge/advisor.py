@@ -127,7 +127,7 @@ class Advisor:
         Args:
             based: Whether there is a base for task vectors.
         """
-        given = self.section.operators if "operators" in self.section.model_fields_set else list(ARMS)
+        given = self.section.operators or list(ARMS)
         return arms_of([name for name in given if based or OPERATORS.get(name).start != "base"])
 
 

@@ -37,9 +37,9 @@ class Evolution:
             MergeError: if there is nothing to search with an operator.
         """
         before = coefficient.plan(cluster, section)
-        for name in section.operators:
+        for name in section.searched:
             _Space(name, cluster.members, section)
-        trials = section.evolution.trials * len(section.operators)
+        trials = section.evolution.trials * len(section.searched)
         return before.model_copy(
             update={
                 "strategy": "evolution",

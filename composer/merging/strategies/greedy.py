@@ -35,7 +35,7 @@ class Greedy:
         members = len(cluster.members)
         rounds = members * (members - 1) // 2
         trials = merges = 0
-        for name in section.operators:
+        for name in section.searched:
             operator = OPERATORS.get(name)
             if name == "passthrough":
                 raise MergeError("operator 'passthrough' stacks layers, it does not blend; use strategy 'fixed'")
@@ -47,11 +47,11 @@ class Greedy:
             cluster=cluster.id,
             strategy=self.name,
             members=cluster.members,
-            operators=tuple(section.operators),
+            operators=tuple(section.searched),
             trials=trials,
             merges=merges,
             evaluations=members,
-            intent=f"merge {members} models one after another by {' or '.join(section.operators)}, "
+            intent=f"merge {members} models one after another by {' or '.join(section.searched)}, "
             f"{order} first, {held}",
         )
 
