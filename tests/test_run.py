@@ -226,6 +226,11 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     assert tuned.returncode == 0, tuned.stderr
     assert "in the recipe: mixture: {router: {threshold:" in tuned.stdout
     assert (run / "composite").resolve() != before
+    exported = cli("export", str(run), "--out", str(tmp_path / "mix"))
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "mix" / "experts" / "script-code" / "model.safetensors").is_file()
+    listed = cli("export", str(run), "--out", str(tmp_path / "models.yaml"), "--format", "litellm")
+    assert "openai/quickstart" in (tmp_path / "models.yaml").read_text(), listed.stderr
     page = (run / "report.html").read_text()
     for text in ("<svg", "stories-scrambled", report["evidence"]["verdict"].split(":")[0]):
         assert text in page

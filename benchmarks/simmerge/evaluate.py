@@ -167,7 +167,7 @@ def promises(rows: pd.DataFrame, gain: np.ndarray, scale: np.ndarray, predictor:
         "correlation": round(float(np.corrcoef(kept.promised, real)[0, 1]), 3),
         "all_that_lose": round(float((real < 0).mean()), 3),
     }
-    for risk in (0.5, 0.2):
+    for risk in (0.9, 0.5, 0.2):
         refused = chance < 1 - risk
         found[f"risk_{risk}"] = {
             "refused": round(float(refused.mean()), 3),

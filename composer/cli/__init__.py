@@ -15,19 +15,9 @@ from composer import __version__
 from composer.errors import INTERRUPTED, ComposerError, DiskFullError, is_disk_full
 
 VERBS = (
-    "run",
-    "plan",
-    "validate",
-    "inspect",
-    "cluster",
-    "serve",
-    "ls",
-    "show",
-    "operators",
-    "simmerge",
-    "router",
-    "schema",
-)
+    "run", "plan", "validate", "inspect", "cluster", "serve", "ls", "show", "operators", "simmerge", "router",
+    "export", "schema",
+)  # fmt: skip
 
 
 class _Verbs(click.Group):

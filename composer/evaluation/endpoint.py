@@ -197,7 +197,7 @@ def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_s
             self.model = likelihood_model(loaded.model, loaded.tokenizer, batch_size)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return self.model.loglikelihood(requests)
+            return self.model.loglikelihood(requests, disable_tqdm=True)
 
     return LocalLikelihoods()
 

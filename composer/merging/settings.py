@@ -53,9 +53,10 @@ class SimMergeSection(Section):
 
     predictor: PathText | None = None
     """A predictor of one's own, from `model-composer simmerge train`; by default the program's."""
-    risk: float = Field(default=0.5, gt=0, lt=1)
-    """No merge is made whose gain over the best single model is predicted to be below zero with more than this
-    probability."""
+    risk: float = Field(default=0.9, gt=0, lt=1)
+    """How probable a loss may be: a merge that is less sure to gain than 1 - risk is not tried. What is tried costs a
+    merge in memory and is kept only if it gains on the proxy items, so by default only what is nearly sure to lose is
+    refused."""
     tries: int = Field(default=3, ge=1)
     """Predicted merges that are made in memory and scored on the proxy split, the best first."""
     most: Annotated[int, Field(ge=2)] | None = None
