@@ -162,6 +162,22 @@ def counted_tokens(input_ids: Tensor, mask: Tensor, config: Any) -> Tensor:
     return torch.where(own.any(dim=1, keepdim=True), own, mask)
 
 
+def prompt_mean(states: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean state of the tokens that are counted, `[batch, hidden]`, float32.
+
+    Args:
+        states: `[batch, tokens, hidden]`.
+        counted: `[batch, first tokens]`.
+    """
+    own = states[:, : counted.shape[1]].float().masked_fill(~counted[..., None], 0)
+    return own.sum(dim=1) / counted.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def positions_of(attention_mask: Tensor, count: int) -> Tensor:
+    """Return the positions of the last `count` tokens, counted without padding, `[batch, count]`."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -count:]
+
+
 class MixtureLayer(nn.Module):
     """A layer of all experts, in the place of a decoder layer."""
 
@@ -210,9 +226,7 @@ class MixtureLayer(nn.Module):
         if self.by_token:
             cache.routes[self.deciding] = shares_of(self._logits(hidden_states), self.top_k)
         elif self.deciding not in cache.routes:
-            counted = cache.prompt[..., None]
-            own = hidden_states[:, : counted.shape[1]].float().masked_fill(~counted, 0)
-            mean = own.sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp_min(1)
+            mean = prompt_mean(hidden_states, cache.prompt)[:, None]
             cache.routes[self.deciding] = shares_of(self._logits(mean), self.top_k)
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -220,7 +234,26 @@ class MixtureLayer(nn.Module):
         return nn.functional.linear(states.float(), gate.weight.float(), gate.bias.float())
 
 
-class BlockMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class RoutedByPrompt:
+    """Generation of what is routed by its prompt; keeps a cache of its own kind."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        # Without a cache the whole text is read anew for each token, and still only the prompt decides.
+        if model_kwargs.get("prompt_mask") is None:
+            model_kwargs["prompt_mask"] = model_kwargs.get("attention_mask")
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        return updated
+
+
+class BlockMixtureForCausalLM(RoutedByPrompt, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model whose later layers are layers of all experts.
 
     It is the dense architecture's own model with these layers put in, so that masks, positions and whatever else an
@@ -288,7 +321,7 @@ class BlockMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
             raise ValueError(f"past_key_values is a {type(cache).__name__}; a mixture of blocks takes a MixtureCache")
         given = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         if attention_mask is not None and position_ids is None:
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -given.shape[1] :]
+            position_ids = positions_of(attention_mask, given.shape[1])
         deciding = attention_mask if prompt_mask is None else prompt_mask
         if deciding is None:
             deciding = torch.ones(given.shape[:2], device=given.device)
@@ -308,19 +341,6 @@ class BlockMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
         )
         keep = self.config.expert_config.use_cache if use_cache is None else use_cache
         return CausalLMOutputWithPast(loss=outputs.loss, logits=outputs.logits, past_key_values=cache if keep else None)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        # Without a cache the whole text is read anew for each token, and still only the prompt decides.
-        if model_kwargs.get("prompt_mask") is None:
-            model_kwargs["prompt_mask"] = model_kwargs.get("attention_mask")
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return updated
 
 
 def build_blocks(

@@ -2,6 +2,7 @@
 
 from composer.mixture.composite import Composite
 from composer.mixture.licences import licence_notes
+from routers import RouterManifest
 
 
 def model_card(composite: Composite) -> str:
@@ -46,24 +47,22 @@ def model_card(composite: Composite) -> str:
     ]
     if composite.gates:
         gates = composite.gates
-        health = f"{gates.leave_one_out:.0%}" if gates.leave_one_out is not None else "not measured"
         lines += [
             "",
             "## Gates",
             "",
             f"Experts inside: {', '.join(gates.experts)}. Gates `{gates.kind}`, made of example requests; examples "
-            f"that find their expert when left out, mean over layers: {health}.",
+            f"that find their expert when left out, mean over layers: {_health(gates)}.",
             *[f"- warning: {warning}" for warning in gates.warnings],
         ]
     if composite.router:
         router = composite.router
-        health = f"{router.leave_one_out:.0%}" if router.leave_one_out is not None else "not measured"
         lines += [
             "",
             "## Routing",
             "",
             f"Router `{router.kind}`{f' on {router.encoder.in_words}' if router.encoder else ''}; what is unclear "
-            f"goes to {router.policy.abstain_to}. Examples that find their expert when left out: {health}.",
+            f"goes to {router.policy.abstain_to}. Examples that find their expert when left out: {_health(router)}.",
             *[f"- warning: {warning}" for warning in router.warnings],
         ]
     if composite.left_out:
@@ -74,3 +73,7 @@ def model_card(composite: Composite) -> str:
             *[f"- {name}: {reason}" for name, reason in composite.left_out.items()],
         ]
     return "\n".join(lines) + "\n"
+
+
+def _health(manifest: RouterManifest) -> str:
+    return f"{manifest.leave_one_out:.0%}" if manifest.leave_one_out is not None else "not measured"

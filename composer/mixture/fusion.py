@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from composer.mixture.assembly import Donor, Part, assemble, made
-from composer.mixture.blocks import counted_tokens, shares_of
+from composer.mixture.blocks import RoutedByPrompt, counted_tokens, positions_of, prompt_mean, shares_of
 from composer.mixture.shapes import check_tokenizers
 from composer.zoo import Checkpoint
 from composer.zoo.weights import TORCH_DTYPES
@@ -124,7 +124,7 @@ class _Enough(Exception):  # noqa: N818 - it is no error
         self.states = states
 
 
-class ModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ModelMixtureForCausalLM(RoutedByPrompt, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model that averages the next-token distributions of several.
 
     The prompt of a forward pass without a cache is all of it, or what `prompt_mask` says; with a cache it is what the
@@ -178,7 +178,7 @@ class ModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
         if not isinstance(cache, FusedCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; a mixture of models takes a FusedCache")
         if attention_mask is not None and position_ids is None:
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+            position_ids = positions_of(attention_mask, input_ids.shape[1])
         if cache.shares is None:
             cache.shares = self._decide(input_ids, attention_mask, position_ids, prompt_mask)
         shares = cache.shares.to(input_ids.device)
@@ -218,7 +218,7 @@ class ModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
         expert, config = cast(Any, self.experts[self.config.encoder]), self.config.experts[self.config.encoder]
         if prompt_mask is None:
             prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        counted = counted_tokens(input_ids[:, : prompt_mask.shape[1]], prompt_mask.bool(), config)[..., None]
+        counted = counted_tokens(input_ids[:, : prompt_mask.shape[1]], prompt_mask.bool(), config)
         base = expert.base_model
         layers = base.layers
         following = layers[self.config.encoder_layers] if self.config.encoder_layers < len(layers) else base.norm
@@ -231,26 +231,12 @@ class ModelMixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore
             base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
             raise RuntimeError("the encoder's layers were not reached")
         except _Enough as found:
-            states = found.states.float()
+            states = found.states
         finally:
             hook.remove()
-        own = states[:, : counted.shape[1]].masked_fill(~counted, 0)
-        mean = own.sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+        mean = prompt_mean(states, counted)
         scores = nn.functional.linear(mean, self.gate.weight.float(), self.gate.bias.float())
         return shares_of(scores, self.config.num_experts_per_tok)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        # Without a cache the whole text is read anew for each token, and still only the prompt decides.
-        if model_kwargs.get("prompt_mask") is None:
-            model_kwargs["prompt_mask"] = model_kwargs.get("attention_mask")
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return updated
 
 
 def build_fusion(
