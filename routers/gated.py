@@ -16,7 +16,7 @@ from torch import Tensor
 
 from composer.errors import RouterError
 from composer.registry import nearest
-from routers import Brief, Candidate, Decision, EncoderManifest, Router, RouterManifest
+from routers import Brief, Candidate, Decision, EncoderManifest, Labelled, Router, RouterManifest
 from routers.encoders import Encoder, Pool, features_by_layer, load_encoder, make_table
 
 WEIGHTS = "router.safetensors"
@@ -99,8 +99,7 @@ class GatedKind:
         check_examples(candidates)
         names = tuple(one.id for one in candidates)
         texts = [text for one in candidates for text in one.examples]
-        own = [place for place, one in enumerate(candidates) for _ in one.examples]
-        shares = torch.nn.functional.one_hot(torch.tensor(own), len(candidates)).float()
+        shares = shares_of(candidates)
         encoder = self._choose(brief, texts, shares)
         if brief.table:
             encoder = make_table(encoder.source, encoder.layers, candidates, directory)
@@ -112,9 +111,7 @@ class GatedKind:
         if labelled:
             read = load_encoder(encoder, directory, candidates, bos=self.gates.bos)
             features = torch.cat([features, torch.stack([read(one.text) for one in labelled])])
-            shares = torch.cat(
-                [shares, torch.tensor([[one.shares.get(name, 0.0) for name in names] for one in labelled])]
-            )
+            shares = shares_of(candidates, labelled)
         weights = self.gates.fit(features, shares, brief.seed)
         save_file({name: one.contiguous() for name, one in weights.items()}, directory / WEIGHTS)
         confused = Counter(f"{names[a]} -> {names[b]}" for a, b in pairs if a != b)
@@ -177,6 +174,13 @@ class GatedKind:
                 f"mixture.router.layer: {brief.layer}, but a sentence encoder is read whole; leave it out"
             )
         return EncoderManifest(kind="sentence", source=brief.encoder)
+
+
+def shares_of(candidates: Sequence[Candidate], labelled: Sequence[Labelled] = ()) -> Tensor:
+    """Return how far each expert is right for each example, then for each labelled text, `[texts, experts]`."""
+    rows = [[float(own is other) for other in candidates] for own in candidates for _ in own.examples]
+    rows += [[one.shares.get(other.id, 0.0) for other in candidates] for one in labelled]
+    return torch.tensor(rows)
 
 
 def left_out(gates: Gates, features: Tensor, shares: Tensor, seed: int = 0) -> list[tuple[int, int]]:

@@ -157,17 +157,14 @@ class _Layers:
     def _gates(self, dense: Checkpoint) -> tuple[Gates, RouterManifest]:
         import torch
 
-        from routers.gated import GatedKind, check_examples, left_out, macro, warnings_of
+        from routers.gated import GatedKind, check_examples, left_out, macro, shares_of, warnings_of
 
         kind = ROUTERS.get(self.section.router.kind)
         assert isinstance(kind, GatedKind)  # noqa: S101 - the settings let no other through
         check_examples(self.brief.candidates)
         texts = [text for one in self.experts for text in one.examples]
-        rows = [[float(own == place) for own in range(len(self.experts))]
-                for place, one in enumerate(self.experts) for _ in one.examples]  # fmt: skip
         labelled = self.brief.labelled if kind.gates.learns else ()
-        rows += [[one.shares.get(expert.id, 0.0) for expert in self.experts] for one in labelled]
-        shares = torch.tensor(rows)
+        shares = shares_of(self.brief.candidates, labelled)
         settings = self.section.layers
         seen = gate_inputs(dense.path, [*texts, *(one.text for one in labelled)], self._level, settings.dense_layers)
         if settings.shared_gate:
