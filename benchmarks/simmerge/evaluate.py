@@ -206,8 +206,9 @@ def pairs(rows: pd.DataFrame, predictor: Predictor) -> None:
     chosen = two(rows) & known
     show("pairs", labelled=True, **promises(rows[chosen], gain[chosen], scale[chosen], predictor))
     for zoo in sorted(rows["zoo"].unique()):
-        chosen = two(rows) & known & (rows["zoo"] == zoo).to_numpy()
-        show("pairs", zoo=zoo, **judge(board(rows[chosen], gain[chosen])))
+        own = chosen & (rows["zoo"] == zoo).to_numpy()
+        show("pairs", zoo=zoo, **judge(board(rows[own], gain[own])))
+    bandits("training", rows[chosen].reset_index(drop=True), gain[chosen])
 
 
 def main() -> None:
@@ -332,8 +333,16 @@ def play(offered: Offers, turns: int, seed: int, policy: str, *, start: bool) ->
 
 
 def bandits(name: str, rows: pd.DataFrame, gain: np.ndarray, turns: int = 100, seeds: int = 20) -> None:
-    """Show the cumulative regret of 100 merges, with and without the predictor to begin with."""
+    """Show the cumulative regret of 100 merges, with and without the predictor to begin with.
+
+    Beside it what never changes: the way that is best in hindsight, which no bandit over ways alone can go below.
+    """
     offered = offers(rows, gain)
+    score = offered.one.score
+    lost = score.max(axis=1, keepdims=True) - score
+    uniform = lost.mean()
+    fixed = lost[:, score.mean(axis=0).argmax()].mean()
+    show("bandit", zoo=name, policy="best fixed way in hindsight", of_uniform=round(float(fixed / uniform), 3))
     for policy, start in (("uniform", False), *((p, s) for p in ("linucb", "thompson") for s in (False, True))):
         regret = np.array([play(offered, turns, seed, policy, start=start)[0] for seed in range(seeds)])
         total = regret.sum(axis=1)
@@ -343,6 +352,7 @@ def bandits(name: str, rows: pd.DataFrame, gain: np.ndarray, turns: int = 100, s
             policy=policy,
             from_predictor=start,
             turns=turns,
+            of_uniform=round(float(regret.mean() / uniform), 3),
             regret=round(float(total.mean()), 3),
             interval=[round(float(x), 3) for x in np.percentile(total, [2.5, 97.5])],
             first_20=round(float(regret[:, :20].mean()), 4),

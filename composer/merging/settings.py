@@ -72,7 +72,7 @@ class BanditSection(Section):
     """Merges that are made in memory and scored, one after another."""
     policy: Literal["linucb", "thompson"] = "linucb"
     """linucb adds standard errors to what is expected; thompson draws from what is believed."""
-    exploration: float = Field(default=1.0, ge=0)
+    exploration: float = Field(default=0.3, ge=0)
     """Standard errors that are added, or that a draw is wide."""
     predictor: bool = True
     """Whether it begins where the predictor is, or from nothing."""

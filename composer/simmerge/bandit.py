@@ -1,8 +1,10 @@
 """A contextual bandit over ways of merging: it takes every merge that was scored as feedback, and keeps what it learnt.
 
-One linear model per arm of what the offline predictor gets wrong (disjoint LinUCB; Li and others 2010, arXiv
-1003.0146; or Thompson sampling; Agrawal and Goyal 2013, arXiv 1209.3352). So it begins where the predictor is, and
-an operator or a task that the predictor never saw is tried until it is known what it is worth.
+It models what the offline predictor gets wrong: linear in a merge's features, plus an intercept of each operator and of
+each arm (an operator with its parameters), all with a Gaussian prior. So it begins where the predictor is, what one arm
+teaches serves the others, and an operator or a task that the predictor never saw is tried until it is known what it is
+worth. Merges are chosen by LinUCB (Li and others 2010, arXiv 1003.0146, their hybrid model) or by Thompson sampling
+(Agrawal and Goyal 2013, arXiv 1209.3352).
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from filelock import FileLock
+from pydantic import ValidationError
 
 from composer.simmerge.features import NAMES, VERSION
 from composer.value import Value
@@ -35,26 +38,31 @@ CONTEXT = (
 """Features that errors are linear in, mean over tasks."""
 SCALE = 0.05
 """A usual error of the predictor, in score: rewards are measured in it."""
-RIDGE = 4.0
-"""Precision of the prior, in observations: how much is believed to be wrong before anything was seen."""
+PRIOR = 0.05
+"""Prior variance of each coefficient and intercept, in usual errors squared."""
+NOISE = 2.0
+"""Variance of what is measured, in usual errors squared: scores come from few items. Both were chosen on the training
+zoos, where disjoint models of each arm had more regret."""
+REMEMBERED = 1000
+"""Merges that are learnt from, the latest: what is believed costs the third power of them."""
 
 
-class ArmState(Value):
-    """What is known of one arm: a ridge regression."""
+class Observation(Value):
+    """One merge that was scored."""
 
-    precision: tuple[tuple[float, ...], ...]
-    """`[context, context]`."""
-    response: tuple[float, ...]
-    """`[context]`: sum of contexts times rewards."""
-    count: int
+    label: str
+    """Its arm; the first word is the operator."""
+    context: tuple[float, ...]
+    """`[context]`."""
+    error: float
+    """How much more was gained than the predictor saw, in score."""
 
 
 class Bandit(Value):
     """What was learnt from merges that were scored."""
 
     version: int = VERSION
-    arms: dict[str, ArmState] = {}
-    """By the arm's label."""
+    observations: tuple[Observation, ...] = ()
     seen: frozenset[str] = frozenset()
     """Merges it was taught, which it is not taught twice."""
 
@@ -65,7 +73,7 @@ class Bandit(Value):
         predicted: "Array",
         *,
         policy: Policy = "linucb",
-        exploration: float = 1.0,
+        exploration: float = 0.3,
         seed: int = 0,
     ) -> int:
         """Return the number of the merge to make next.
@@ -78,19 +86,12 @@ class Bandit(Value):
             exploration: Standard errors that are added, or that a draw is wide.
             seed: Of a draw.
         """
-        generator = np.random.default_rng(seed)
-        values = np.empty(len(labels))
-        for label in sorted(set(labels)):
-            places = [place for place, one in enumerate(labels) if one == label]
-            precision, response = self._state(label, contexts.shape[1])
-            inverse = np.linalg.inv(precision)
-            own, mean = contexts[places], inverse @ response
-            if policy == "thompson":
-                drawn = generator.multivariate_normal(mean, exploration**2 * inverse, method="cholesky")
-                values[places] = own @ drawn
-            else:
-                spread = np.sqrt(np.einsum("pi,ij,pj->p", own, inverse, own))
-                values[places] = own @ mean + exploration * spread
+        mean, covariance = self._believed(labels, contexts)
+        if policy == "thompson":
+            wide = exploration**2 * covariance + 1e-9 * np.eye(len(mean))
+            values = np.random.default_rng(seed).multivariate_normal(mean, wide, method="cholesky")
+        else:
+            values = mean + exploration * np.sqrt(np.maximum(np.diag(covariance), 0.0))
         return int((predicted / SCALE + values).argmax())
 
     def learnt(self, label: str, context: "Array", predicted: float, gain: float) -> "Bandit":
@@ -102,19 +103,29 @@ class Bandit(Value):
             predicted: The gain the offline predictor saw.
             gain: The one that was measured.
         """
-        precision, response = self._state(label, len(context))
-        state = ArmState(
-            precision=tuple(map(tuple, (precision + np.outer(context, context)).tolist())),
-            response=tuple((response + context * (gain - predicted) / SCALE).tolist()),
-            count=(self.arms[label].count if label in self.arms else 0) + 1,
-        )
-        return self.model_copy(update={"arms": {**self.arms, label: state}})
+        one = Observation(label=label, context=tuple(context.tolist()), error=gain - predicted)
+        return self.model_copy(update={"observations": (*self.observations, one)[-REMEMBERED:]})
 
-    def _state(self, label: str, width: int) -> "tuple[Array, Array]":
-        if label not in self.arms:
-            return RIDGE * np.eye(width), np.zeros(width)
-        own = self.arms[label]
-        return np.array(own.precision), np.array(own.response)
+    def _believed(self, labels: Sequence[str], contexts: "Array") -> "tuple[Array, Array]":
+        """Return mean and covariance of the predictor's errors, in usual errors (Bayesian linear regression)."""
+        prior = _kernel(labels, contexts, labels, contexts)
+        if not self.observations:
+            return np.zeros(len(labels)), prior
+        known = [one.label for one in self.observations]
+        place = np.array([one.context for one in self.observations])
+        own = _kernel(known, place, known, place) + NOISE * np.eye(len(known))
+        shared = _kernel(labels, contexts, known, place)
+        solved = np.linalg.solve(own, np.column_stack([[one.error / SCALE for one in self.observations], shared.T]))
+        return shared @ solved[:, 0], prior - shared @ solved[:, 1:]
+
+
+def _kernel(labels: Sequence[str], contexts: "Array", others: Sequence[str], other_contexts: "Array") -> "Array":
+    """Return prior covariances of merges: of coefficients, plus where operator, and where arm, are the same."""
+    arms, operators = (
+        np.equal.outer(np.array(own, dtype=object), np.array(other, dtype=object)).astype(float)
+        for own, other in ((labels, others), ([one.split()[0] for one in labels], [one.split()[0] for one in others]))
+    )
+    return PRIOR * (contexts @ other_contexts.T + arms + operators)
 
 
 def context_of(features: Sequence["Array"]) -> "Array":
@@ -131,10 +142,13 @@ def context_of(features: Sequence["Array"]) -> "Array":
 
 
 def load_bandit(path: Path) -> Bandit:
-    """Return what was learnt in earlier runs; nothing, if there were none or features were others then."""
+    """Return what was learnt in earlier runs; nothing, if there were none or another version of this wrote it."""
     if not path.is_file():
         return Bandit()
-    found = Bandit.load(path)
+    try:
+        found = Bandit.load(path)
+    except ValidationError:
+        return Bandit()
     return found if found.version == VERSION else Bandit()
 
 
