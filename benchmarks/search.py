@@ -1,15 +1,16 @@
 """What searches gain on a real zoo: proxy items choose, held-out items judge.
 
-    COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/search.py --store DIR [STRATEGY:OPERATOR ...] [key=value ...]
+    COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/search.py --store DIR [STRATEGY[:OPERATOR] ...] [key=value ...]
 
 The models and tasks are those of recipes/smollm2.yaml, without its outsider: SmolLM2-135M-Instruct's five fine-tunes.
-Each search is one of the recipe's strategies with one operator (average, coefficient, similarity, evolution); settings
-override `merge.…` or `evaluate.…`. What each search keeps is scored on the held-out items and compared with the best
-single model and with the uniform average of the five, with 95 % paired bootstrap intervals. Everything that was scored
-is kept in the store, so a run that was stopped goes on.
+Each search is one of the recipe's strategies (average, coefficient, similarity, evolution, simmerge, bandit), with one
+operator or, without ":OPERATOR", with those it takes by default; settings override `merge.…` or `evaluate.…`. What each
+search keeps is scored on the held-out items and compared with the best single model and with the uniform average of the
+five, with 95 % paired bootstrap intervals. Everything that was scored is kept in the store, so a run that was stopped
+goes on.
 
-The README's figures: coefficient:task_arithmetic evolution:task_arithmetic merge.dtype=float16 evaluate.proxy_limit=16
-evaluate.held_out_limit=60 merge.evolution.trials=40
+The README's figures: coefficient:task_arithmetic evolution:task_arithmetic simmerge merge.dtype=float16
+evaluate.proxy_limit=16 evaluate.held_out_limit=60 merge.evolution.trials=40
 """
 
 import argparse
@@ -26,11 +27,12 @@ from composer.executors import LocalExecutor
 from composer.merging.judge import Judge
 from composer.merging.merge import merge_cluster
 from composer.merging.plan import MergeStep
-from composer.merging.strategies import STRATEGIES
+from composer.merging.strategies import STRATEGIES, Foresighted
 from composer.merging.trials import TrialLog
 from composer.merging.workbench import Workbench
 from composer.progress import Step
 from composer.recipe import load_recipe
+from composer.simmerge.advisor import Advisor
 from composer.zoo import Zoo, inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,7 @@ def show(step: Step) -> None:
 def main() -> None:
     """Search and weigh."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("words", nargs="*", metavar="STRATEGY:OPERATOR or key=value")
+    parser.add_argument("words", nargs="*", metavar="STRATEGY[:OPERATOR] or key=value")
     parser.add_argument("--store", type=Path, required=True)
     options = parser.parse_args()
     if not os.environ.get("COMPOSER_ZOO") or not os.environ.get("COMPOSER_DATA"):
@@ -78,10 +80,14 @@ def main() -> None:
         print(json.dumps({"model": name, "held_out": round(scores.mean, 4), **tasks}), flush=True)
 
     def bench(overrides: list[str]) -> Workbench:
+        section = load_recipe(ROOT / "recipes" / "smollm2.yaml", [*plain, *overrides, *settings]).merge
+        advisor = Advisor(base, proxy, evaluate.probes, section, store, lambda: executor, show)
         return Workbench(
             zoo=Zoo(members=members, base=base),
             cluster="cluster-1",
-            section=load_recipe(ROOT / "recipes" / "smollm2.yaml", [*plain, *overrides, *settings]).merge,
+            section=section,
+            advise=advisor.advise,
+            memory=store.root,
             executor=executor,
             log=TrialLog(store.root / "trials.sqlite"),
             proxy={items.name: items.hashes for items in proxy.tasks},
@@ -94,12 +100,17 @@ def main() -> None:
     print(json.dumps({"model": "uniform average", "held_out": round(held_out["uniform"].mean, 4)}), flush=True)
     for word in searches:
         strategy, _, operator = word.partition(":")
-        work = bench([f"merge.strategy={strategy}", f"merge.operators=[{operator}]"])
+        work = bench([f"merge.strategy={strategy}", *([f"merge.operators=[{operator}]"] if operator else [])])
         began = time.monotonic()
-        outcome = merge_cluster(STRATEGIES.get(strategy).plan(cluster, work.section), work)
-        row = {
-            "search": word,
+        chosen = STRATEGIES.get(strategy)
+        plan, row = chosen.plan(cluster, work.section), {"search": word}
+        if isinstance(chosen, Foresighted) and work.advise is not None:
+            plan = chosen.foresee(plan, work.advise(members), work.section)
+            row |= {"weighed": plan.advice.weighed if plan.advice else 0, "plan": plan.intent}
+        outcome = merge_cluster(plan, work)
+        row |= {
             "seconds": round(time.monotonic() - began),
+            "made": [f"{t.step.operator}({', '.join(t.step.inputs)})" for t in outcome.trials if t.accepted],
             "candidates": sum(trial.tried for trial in outcome.trials),
             "dropped_early": sum(trial.stopped for trial in outcome.trials),
             "weights": {name: round(value, 3) for name, value in outcome.weights.items()},
