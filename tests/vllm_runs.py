@@ -3,9 +3,9 @@
     python vllm_runs.py RUNS.json ANSWERS.json
 
 A run is `{"engine": {arguments of vllm.LLM}, "batches": [[request]]}`, a request `{"prompt", "expert", "sampling"}`,
-where the expert is its index among co-located ones or None. An answer is the tokens, their log-probabilities, those
-of the prompt, and how many tokens of the prompt came from the prefix cache. An engine that does not start answers
-with its error.
+where the prompt is a text or tokens, and the expert its index among co-located ones or None. An answer is the tokens,
+their log-probabilities, those of the prompt, and how many tokens of the prompt came from the prefix cache. An engine
+that does not start answers with its error.
 """
 
 import gc
@@ -65,7 +65,8 @@ def _batch(llm: Any, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in batch:
         extra = {} if one["expert"] is None else request(one["expert"])
         salt = {"cache_salt": extra["cache_salt"]} if extra else {}
-        prompts.append({"prompt": one["prompt"], **salt})
+        form = "prompt" if isinstance(one["prompt"], str) else "prompt_token_ids"
+        prompts.append({form: one["prompt"], **salt})
         sampling.append(SamplingParams(**one["sampling"], extra_args=extra.get("vllm_xargs")))
     return [_answer(output) for output in llm.generate(prompts, sampling, use_tqdm=False)]
 
