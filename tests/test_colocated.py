@@ -82,7 +82,9 @@ def test_what_is_only_in_files_is_compared_too(tmp_path: Path, quick: dict[str, 
     assert "another kind (qk_norm" in (obstacle([one, changed("norm", "config.json", qk_norm=True)]) or "")
     assert "differ in head size: 32 and 8" in (obstacle([one, changed("head", "config.json", head_dim=8)]) or "")
     assert "differ in treatment" in (obstacle([one, changed("bos", "tokenizer_config.json", add_bos_token=True)]) or "")
-    assert "differ in eos_token_id" in (obstacle([one, changed("eos", "generation_config.json", eos_token_id=3)]) or "")
+    assert "differ in the default of eos_token_id: 2 and 3" in (
+        obstacle([one, changed("eos", "generation_config.json", eos_token_id=3)]) or ""
+    )
 
 
 def test_rows_come_back_where_they_were() -> None:

@@ -17,7 +17,7 @@ _OTHER_ATTENTION = ("dual_chunk_attention_config", "llama_4_scaling", "ada_rms_n
 """Settings with which layers of these architectures have parts that `model.py` does not run."""
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "eos_token_id")
-"""What vLLM takes from the first checkpoint's generation_config.json for all requests."""
+"""What vLLM takes from the first checkpoint's generation_config.json, else from its config.json, for all requests."""
 
 _SAME: tuple[tuple[str, Callable[[Checkpoint], object]], ...] = (
     ("architecture", lambda one: one.architecture),
@@ -69,7 +69,7 @@ def obstacle(checkpoints: Sequence[Checkpoint], dtype: str = "auto") -> str | No
         for name in _DEFAULTS:
             if _default(first, name) != _default(other, name):
                 return (
-                    f"'{first.id}' and '{other.id}' differ in {name} of generation_config.json: "
+                    f"'{first.id}' and '{other.id}' differ in the default of {name}: "
                     f"{_default(first, name)} and {_default(other, name)}"
                 )
     return None
@@ -109,7 +109,7 @@ def _head_size(one: Checkpoint) -> int | None:
 
 
 def _default(one: Checkpoint, name: str) -> object:
-    return _json(one.home, "generation_config.json").get(name)
+    return (_json(one.home, "generation_config.json") or _json(one.home, "config.json")).get(name)
 
 
 def _reading(one: Checkpoint) -> object:
