@@ -98,7 +98,7 @@ class LivingEngine:
     def swap(self, directory: Path) -> None:
         """Put the weights of a checkpoint in the place of those that are there.
 
-        The files are not needed afterwards. After an error in the engine itself, it is stopped: what weights it has
+        Configuration and tokenizer stay the first checkpoint's. The files are not needed afterwards. After an error in the engine itself, it is stopped: what weights it has
         then, nobody knows.
 
         Args:
