@@ -24,6 +24,7 @@ from composer.mixture import Composite, Expert, build_composite
 from composer.mixture.settings import MixtureSection, RouterSection
 from composer.serving.engines import ENGINES
 from composer.serving.gateway import _user_text
+from composer.serving.places import places_of
 from composer.serving.server import Server
 from composer.serving.settings import ServeSection
 from composer.zoo import Checkpoint
@@ -65,7 +66,7 @@ def client(served: Server) -> openai.OpenAI:
 
 @pytest.mark.slow
 def test_it_listens_on_loopback_only(served: Server) -> None:
-    ports = {int(served.endpoint.url.rpartition(":")[2]), *(e.port for e in served.supervisor.engines.values())}
+    ports = {int(served.endpoint.url.rpartition(":")[2]), *(e.port for e in served.supervisor.engines)}
     listening = {
         (connection.laddr.ip, connection.laddr.port)
         for connection in psutil.net_connections("tcp")
@@ -280,8 +281,6 @@ def test_without_vllm_transformers_steps_in_or_the_error_says_so(
     directory = composite_of(quick, shared_store, "stories-math")
     with pytest.raises(ServeError, match=r"'stories-math' cannot be served: vLLM is not installed; run 'make setup'"):
         Server(directory, ServeSection(port=0, engine="vllm"), tmp_path).__enter__()
-    supervisor = Server(directory, ServeSection(port=0), tmp_path).supervisor
-    kind, note = supervisor._choose(supervisor.composite.experts[0])
-    assert kind.name == "transformers"
-    assert note is not None
-    assert "vLLM is not installed" in note
+    [place] = places_of(Composite.open(directory), ServeSection())
+    assert place.kind.name == "transformers"
+    assert "vLLM is not installed" in (place.note or "")
