@@ -1,6 +1,7 @@
 """The endpoint's door: who may come in, how many at once, and what is counted of each."""
 
 import asyncio
+import contextlib
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -21,6 +22,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health",)
 """Paths that need no key and are never turned away: whoever balances load has to see them."""
+DRAIN_BYTES, DRAIN_SECONDS = 1 << 20, 1.0
+"""How much of a request that is refused is still read."""
 EXPERT = b"x-composer-expert"
 
 
@@ -81,6 +84,7 @@ class Door:
             self._check(scope, path)
             await self.app(scope, receive, counted)
         except RequestError as error:
+            await _drain(receive)
             await refuse(error, counted)
         finally:
             self.open -= 1
@@ -105,6 +109,18 @@ class Door:
             raise RequestError(
                 429, f"{self.limits.requests} requests are being answered already", headers={"retry-after": "1"}
             )
+
+
+async def _drain(receive: Receive) -> None:
+    """Take in what a client is still sending: many read the answer only when they have sent everything."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while size < DRAIN_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 async def refuse(error: RequestError, send: Send) -> None:

@@ -131,13 +131,12 @@ def create_app(
     async def route(request: Request) -> Response:
         """Say which expert would answer each text, and why, without generating."""
         body = await gateway.read(request)
-        if "messages" in body:
-            texts: Any = [_user_text(body, gateway.scope)]
-        else:
-            texts = body.get("input")
-            texts = [texts] if isinstance(texts, str) else texts
+        texts = body.get("input")
+        texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise RequestError(400, "'input' must be a text or a list of texts, or give 'messages'", "input")
+            if "messages" not in body:
+                raise RequestError(400, "'input' must be a text or a list of texts, or give 'messages'", "input")
+            texts = [_user_text(body, gateway.scope)]
         data = [decision.model_dump() for decision in await gateway.route(texts)]
         return Response(orjson.dumps({"data": data}), media_type=JSON)
 

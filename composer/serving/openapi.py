@@ -8,9 +8,8 @@ from typing import Any
 Schema = dict[str, Any]
 
 
-def _object(properties: Schema, required: list[str], words: str = "") -> Schema:
-    schema: Schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": True}
-    return {**schema, "description": words} if words else schema
+def _object(properties: Schema, required: list[str]) -> Schema:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": True}
 
 
 _TEXT: Schema = {"type": "string"}
@@ -18,14 +17,14 @@ _TEXTS: Schema = {"oneOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems":
 _MODEL: Schema = {"type": "string", "description": "the composite, or an expert by its id"}
 _COUNT: Schema = {"type": "integer", "minimum": 1, "description": "answers to each prompt"}
 _MESSAGE = _object({"role": _TEXT, "content": {}}, ["role"])
+_ASKING = _object({"role": {"const": "user"}, "content": _TEXT}, ["role", "content"])
+_MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "contains": _ASKING}
 _COMMON: Schema = {"model": _MODEL, "n": _COUNT, "stream": {"type": "boolean"}, "max_tokens": {"type": "integer"}}
 
 _BODIES: dict[str, Schema] = {
-    "chat": _object({**_COMMON, "messages": {"type": "array", "items": _MESSAGE, "minItems": 1}}, ["messages"]),
+    "chat": _object({**_COMMON, "messages": _MESSAGES}, ["messages"]),
     "completion": _object({**_COMMON, "prompt": _TEXTS}, ["prompt"]),
-    "route": _object(
-        {"input": _TEXTS, "messages": {"type": "array", "items": _MESSAGE}}, [], "a text, texts or a chat"
-    ),
+    "route": {"anyOf": [_object({"input": _TEXTS}, ["input"]), _object({"messages": _MESSAGES}, ["messages"])]},
 }
 
 _ERROR = _object(

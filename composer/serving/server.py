@@ -165,7 +165,7 @@ class Server:
 
 def keys_file(section: ServeSection) -> Path:
     """Return the file of API keys."""
-    return section.keys or runs_root() / "keys.json"
+    return Path(section.keys) if section.keys else runs_root() / "keys.json"
 
 
 def is_loopback(host: str) -> bool:

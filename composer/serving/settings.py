@@ -1,12 +1,11 @@
 """The recipe's `serve`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from composer.serving.engines import ENGINES
-from composer.settings import Section, named
+from composer.settings import PathText, Section, named
 
 
 class RemoteExpert(Section):
@@ -47,7 +46,7 @@ class ServeSection(Section):
     """The port to listen on; 0 takes any free one."""
     require_key: bool = False
     """Whether to ask for an API key on loopback too."""
-    keys: Path | None = None
+    keys: PathText | None = None
     """The file of API keys; by default `keys.json` beside the runs."""
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     """The longest sequence an expert takes, in tokens; by default what its config says, at most 4096."""
