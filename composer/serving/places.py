@@ -229,9 +229,11 @@ def _base_of(checkpoint: Checkpoint) -> str | None:
     if source.adapter is None:
         return str(Path(source.path).resolve())
     config = adapter_config(Path(source.adapter))
-    plain = not config.get("use_dora") and not config.get("modules_to_save") and config.get("bias", "none") == "none"
-    whole = checkpoint.tokenizer_home == checkpoint.home and not config.get("rank_pattern")
-    return str(Path(source.path).resolve()) if plain and whole and int(config["r"]) <= RANKS[-1] else None
+    # What vLLM has no adapters for: other kinds than plain LoRA, whole modules, vocabularies, tokenizers of their own.
+    other = any(config.get(key) for key in ("use_dora", "modules_to_save", "rank_pattern"))
+    other = other or config.get("bias", "none") != "none" or checkpoint.tokenizer_home != checkpoint.home
+    vocabulary = {"embed_tokens", "lm_head"} & set(config.get("target_modules") or ())
+    return None if other or vocabulary or int(config["r"]) > RANKS[-1] else str(Path(source.path).resolve())
 
 
 def _together(places: Sequence[Place], section: ServeSection) -> list[Place]:
