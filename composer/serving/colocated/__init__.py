@@ -1,26 +1,13 @@
-"""Several experts of one shape in one engine. Not built yet: no models share one."""
+"""Several experts of one architecture and one tokenizer in one vLLM engine, with one key-value cache.
 
-from collections.abc import Sequence
-from typing import Any
+Doors: `obstacle` says why some checkpoints cannot share an engine; `arguments` and `environment` are what the engine
+of the first one is started with to hold them all; `request` is what a request to one of them carries.
 
-from composer.zoo import Checkpoint
+Each expert keeps all of its weights and its own settings (RoPE, norms, output head). What is shared is the engine:
+one process, one scheduler, one key-value cache. Answers are those that each expert gives alone.
+"""
 
+from composer.serving.colocated.fit import obstacle
+from composer.serving.colocated.start import arguments, environment, request
 
-def obstacle(checkpoints: Sequence[Checkpoint]) -> str | None:
-    """Return why some checkpoints cannot share an engine."""
-    return "not built yet"
-
-
-def arguments(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Return what an engine of several is told on its command line."""
-    return []
-
-
-def environment() -> dict[str, str]:
-    """Return environment variables of an engine of several."""
-    return {}
-
-
-def request(index: int) -> dict[str, Any]:
-    """Return what a request to one of the experts must hold."""
-    return {}
+__all__ = ["arguments", "environment", "obstacle", "request"]
