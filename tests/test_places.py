@@ -22,6 +22,7 @@ from tests.test_adapters import make_adapter
 from tests.test_routers import CODE, MATH
 
 GB = 1 << 30
+LAW = "The law says that"
 
 
 def gpus(*free: int, total: int = 80) -> list[Gpu]:
@@ -61,6 +62,43 @@ def test_no_gpu_is_promised_more_than_it_has(sizes: tuple[int, ...]) -> None:
     for index, free in enumerate((80, 70)):
         own = [share.part for share in shares if index in share.gpus and not share.sleeps]
         assert sum(own) <= min(GPU_PART, free / 80) + 1e-9
+
+
+@pytest.mark.slow
+def test_experts_of_one_shape_share_an_engine_and_answer_for_themselves(
+    quick: dict[str, Checkpoint], shared_store: Store, tmp_path: Path
+) -> None:
+    if ENGINES.get("vllm").missing():
+        pytest.skip("vLLM is not installed")
+    names = ("stories-math", "stories-web", "script-code")
+    experts = tuple(Expert(id=n, checkpoint=quick[n], members=(n,), examples=(), reason="") for n in names)
+    mixture = MixtureSection(router=RouterSection(kind="fixed", abstain_to="stories-math"))
+    directory = build_composite("close", experts, {}, mixture, shared_store, NOT_ASKED)
+    section = ServeSection(port=0, kv_cache_mb=64, colocate="always")
+    assert [one.experts for one in places_of(Composite.open(directory), section)] == [names[:2], names[2:]]
+    with Server(directory, section, tmp_path) as server:
+        url = f"{server.endpoint.url}/v1/completions"
+        assert any("2 experts share an engine, which saves" in note for note in server.endpoint.notes)
+
+        def ask(name: str, **more: object) -> str:
+            body = {"model": name, "prompt": LAW, "max_tokens": 16, "temperature": 0, **more}
+            return str(httpx.post(url, json=body, timeout=60).json()["choices"][0]["text"])
+
+        texts = {name: ask(name) for name in names}
+        assert len(set(texts.values())) == 3
+        for name, text in texts.items():
+            assert text.strip() == greedy(quick[name], LAW, 16), name
+        # A client cannot reach another expert through what tells them apart.
+        assert ask("stories-math", vllm_xargs={"expert": 1}, cache_salt="expert-1") == texts["stories-math"]
+
+
+def greedy(checkpoint: Checkpoint, prompt: str, tokens: int) -> str:
+    """What transformers writes after a prompt."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    made = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(made, skip_special_tokens=True)).strip()
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +148,5 @@ def test_an_engine_of_adapters_answers_as_the_folded_models_do(
             texts[name] = answer.json()["choices"][0]["text"]
             assert answer.headers["x-composer-expert"] == name
     for name, checkpoint in models.items():
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-        ids = tokenizer(MATH[0], return_tensors="pt").input_ids
-        made = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        assert texts[name].strip() == tokenizer.decode(made, skip_special_tokens=True).strip(), name
+        assert texts[name].strip() == greedy(checkpoint, MATH[0], 12), name
     assert len(set(texts.values())) == 3, "they are three models"

@@ -242,7 +242,10 @@ def _together(places: Sequence[Place], section: ServeSection) -> list[Place]:
     for place in places:
         for group in groups:
             both = [*group, place]
-            if all(one.kind.name == "vllm" for one in both) and not colocated.obstacle([o.checkpoint for o in both]):
+            checkpoints = [one.checkpoint for one in both]
+            if any(one.kind.name != "vllm" for one in both):
+                continue
+            if colocated.obstacle(checkpoints, dtype_of(section)) is None:
                 group.append(place)
                 break
         else:

@@ -53,8 +53,12 @@ class Upstream:
             TimeoutError: if it takes too long.
         """
         extra = dict(seat.body)
+        # What tells experts in one engine apart goes over what the client sends, and its own salt is kept beside ours.
         if "vllm_xargs" in extra:
-            extra["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), **extra["vllm_xargs"]}
+            given = body.get("vllm_xargs")
+            extra["vllm_xargs"] = {**(given if isinstance(given, dict) else {}), **extra["vllm_xargs"]}
+        if "cache_salt" in extra and body.get("cache_salt"):
+            extra["cache_salt"] = f"{extra['cache_salt']} {body['cache_salt']}"
         content = orjson.dumps({**body, **extra, "model": seat.model})
         headers = {"content-type": "application/json", **seat.headers}
         for last in (False, True):
