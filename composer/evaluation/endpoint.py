@@ -171,7 +171,8 @@ class ComposedModel(LM):  # type: ignore[misc]
                 for place, answer in zip(part, answers, strict=True):
                     results[place] = answer
                 done += len(part)
-                self.progress(Step(stage="evaluate", message="through the endpoint", done=done, total=len(requests)))
+                message = f"{requests[0].task_name} through the endpoint"
+                self.progress(Step(stage="evaluate", message=message, done=done, total=len(requests)))
         return results
 
     def _route(self, contexts: list[str]) -> list[str]:
