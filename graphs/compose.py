@@ -62,6 +62,7 @@ def inspect(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, 
     """Describe all models."""
     session = runtime.context.session
     with stage("inspect", runtime) as progress:
+        session.split("proxy")  # what is wrong with a task is told before any weights are read
         zoo = inspect_zoo(session.run.recipe.zoo, session.run.store, progress)
         return {"zoo": _save(session, "zoo.json", zoo)}
 

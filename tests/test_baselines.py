@@ -62,7 +62,7 @@ def test_references_stand_apart_are_compared_and_spoken_of() -> None:
     average = scores(average_of("cluster-1"), t=bad, u=bad)
     others = [Subject(role="source", scores=one) for one in experts]
     others += [Subject(role="average", scores=average), *without_a_router(experts)]
-    evidence = weigh_evidence(scores("mix", t=good, u=good), others, notes=("a note",))
+    evidence = weigh_evidence(scores("mix", t=good, u=good), others, notes=("the uniform average of c is m",))
     names = [one.scores.subject for one in evidence.subjects]
     assert names[:3] == ["mix", "one", "two"], "models first, whatever else scores"
     assert set(names[3:]) == {average_of("cluster-1"), RANDOM, ORACLE}
@@ -78,7 +78,7 @@ def test_references_stand_apart_are_compared_and_spoken_of() -> None:
         "scores below one on no task",
     ):
         assert words in evidence.verdict
-    assert evidence.notes == ("a note",)
+    assert evidence.verdict.endswith("The uniform average of c is m.")
 
 
 def test_where_it_loses_is_told_from_where_it_may_be_noise() -> None:

@@ -233,8 +233,6 @@ def print_evidence(evidence: Evidence) -> None:
         each = [f"{one.mean:+.3f}\n[{one.low:+.3f}, {one.high:+.3f}]".replace("[", r"\[") for one in evidence.by_task]
         table.add_row(Text(f"composite minus\n{evidence.best_single}"), *each, "", "")
     console.print(table)
-    for note in evidence.notes:
-        console.print(Text(f"not in the table: {note}"))
     console.print(Text(evidence.verdict))
 
 

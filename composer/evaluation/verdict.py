@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 def verdict_on(evidence: "Evidence") -> str:
     """Return whether the composite beats the best single model, where it loses, and how it stands beside references."""
-    parts = [_against_best(evidence), *_losses(evidence), _references(evidence)]
+    notes = [f"{note[0].upper()}{note[1:]}." for note in evidence.notes]
+    parts = [_against_best(evidence), *_losses(evidence), _references(evidence), *notes]
     return " ".join(part for part in parts if part)
 
 
@@ -42,12 +43,12 @@ def _losses(evidence: "Evidence") -> list[str]:
 def _references(evidence: "Evidence") -> str:
     """Say how the composite stands beside uniform averages, random routing and the best expert for each task."""
     gaps = {one.other: one for one in evidence.differences}
-    said = []
-    for subject in evidence.subjects:
-        if not subject.real:
-            gap = gaps[subject.scores.subject]
-            said.append(f"{_standing(gap)} {_NAMED[subject.role].format(subject.scores.subject)} ({_figures(gap)})")
-    return f"It {_listed(said)}." if said else ""
+    said: dict[str, list[str]] = {"beats": [], "cannot be told from": [], "is behind": []}
+    for subject in (one for one in evidence.subjects if not one.real):
+        gap = gaps[subject.scores.subject]
+        standing = "beats" if gap.low > 0 else "is behind" if gap.high < 0 else "cannot be told from"
+        said[standing].append(f"{_NAMED[subject.role].format(gap.other)} ({_figures(gap)})")
+    return " ".join(f"It {standing} {_listed(names)}." for standing, names in said.items() if names)
 
 
 _NAMED = {
@@ -55,14 +56,6 @@ _NAMED = {
     "random": "random routing over its experts",
     "oracle": "the best expert for each task, chosen in hindsight",
 }
-
-
-def _standing(gap: "Difference") -> str:
-    if gap.low > 0:
-        return "beats"
-    if gap.high < 0:
-        return "is behind"
-    return "cannot be told from"
 
 
 def _figures(gap: "Difference | TaskDifference") -> str:
