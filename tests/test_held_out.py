@@ -94,6 +94,7 @@ def written(root: Path) -> str:
         ["merge.strategy=simmerge"],
         ["merge.strategy=bandit", "merge.bandit.rounds=2", "cluster.signal=logits", "cluster.threshold=0.5"],
     ],
+    ids=["search", "predicted", "learnt"],
 )
 def test_no_stage_before_the_evaluation_shows_a_model_a_held_out_item(
     overrides: list[str], tmp_path: Path, watch: Watch

@@ -215,6 +215,28 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     rows = {one["scores"]["subject"]: one for one in report["evidence"]["subjects"]}
     assert rows["quickstart"]["role"] == "composite"
     assert {one["id"] for one in report["zoo"]["members"]} <= set(rows)
+    roles = [one["role"] for one in report["evidence"]["subjects"]]
+    assert {"random", "oracle", "average"} <= set(roles[-4:]), "apart, below the models"
+    oracle = next(one["scores"] for one in rows.values() if one["role"] == "oracle")
+    for task in oracle["tasks"]:
+        own = [rows[one["id"]]["scores"]["tasks"] for one in report["composite"]["experts"]]
+        means = [
+            sum(t["items"].values()) / len(t["items"])
+            for own_tasks in own
+            for t in own_tasks
+            if t["task"] == task["task"]
+        ]
+        assert sum(task["items"].values()) / len(task["items"]) == max(means)
+    assert {one["other"] for one in report["evidence"]["differences"]} == set(rows) - {"quickstart"}
+    assert [one["task"] for one in report["evidence"]["by_task"]] == list(report["evidence"]["routing"])
+    tried = sum(trial["tried"] for one in report["outcomes"] for trial in one["trials"])
+    assert 0 < report["cost"]["tried"] <= tried
+    assert report["cost"]["items"] <= 48 * 6 * report["cost"]["tried"]
+    kept = [one["result"] for one in report["outcomes"] if one["result"]]
+    assert report["cost"]["written_bytes"] == sum(one["size_bytes"] for one in kept)
+    shown = cli("show", str(run)).stdout
+    for words in ("(oracle)", "(random)", "(average)", "What the search cost", "composite minus"):
+        assert words in shown
     asked = cli("router", "ask", str(run), "def add(a, b):", "--json")
     assert json.loads(asked.stdout)["expert"] == "script-code", asked.stderr
     seen = json.loads(cli("router", "report", str(run), "--json").stdout)
@@ -232,7 +254,13 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     listed = cli("export", str(run), "--out", str(tmp_path / "models.yaml"), "--format", "litellm")
     assert "openai/quickstart" in (tmp_path / "models.yaml").read_text(), listed.stderr
     page = (run / "report.html").read_text()
-    for text in ("<svg", "stories-scrambled", report["evidence"]["verdict"].split(":")[0]):
+    for text in (
+        "<svg",
+        "stories-scrambled",
+        report["evidence"]["verdict"].split(":")[0],
+        "random routing",
+        "To compare with",
+    ):
         assert text in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "").replace(
         "http://purl.org", ""
