@@ -58,7 +58,10 @@ class Verdict(Value):
 
 
 def pass_at_1(
-    references: Sequence[str] | str, predictions: Sequence[str | Sequence[str]] | str, **options: object
+    references: Sequence[str] | str,
+    predictions: Sequence[str | Sequence[str]] | str,
+    seconds: float = SECONDS,
+    memory_mb: int = MEMORY_MB,
 ) -> float:
     """Return the share of predictions that pass their tests: a metric for lm-eval tasks that ask for code.
 
@@ -68,20 +71,18 @@ def pass_at_1(
     Args:
         references: The tests.
         predictions: For each test a program, or a list of which the first counts.
-        options: `seconds` and `memory_mb` of a program, where the task gives them beside the metric.
+        seconds: What a program may take by the clock; a task gives it beside the metric, if it is to be another.
+        memory_mb: Address space of each of its processes, in MB; so does this.
 
     Raises:
         EvaluationError: if programs cannot be shut in on this machine.
     """
-    tests = [references] if isinstance(references, str) else list(references)
-    programs = [predictions] if isinstance(predictions, str) else list(predictions)
-    seconds, memory = (
-        float(str(options.get(key, value))) for key, value in (("seconds", SECONDS), ("memory_mb", MEMORY_MB))
-    )
+    tests = [references] if isinstance(references, str) else references
+    programs = [predictions] if isinstance(predictions, str) else predictions
     passed = []
     for program, test in zip(programs, tests, strict=True):
         text = program if isinstance(program, str) else program[0]
-        passed.append(run(f"{text}\n{test}\n", seconds=seconds, memory_mb=int(memory)).passed)
+        passed.append(run(f"{text}\n{test}\n", seconds=seconds, memory_mb=memory_mb).passed)
     return sum(passed) / len(passed)
 
 
@@ -104,7 +105,7 @@ def run(program: str, *, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -
         "user": INSIDE if os.geteuid() == 0 else 0,
         "seconds": seconds,
         "cpu_seconds": int(seconds) + 1,
-        "memory": memory_mb << 20,
+        "memory": int(memory_mb * 2**20),
         "processes": PROCESSES,
     }
     lines, error = _converse(json.dumps(job), seconds + GRACE)
@@ -165,7 +166,7 @@ def _converse(job: str, seconds: float) -> tuple[list[str], str]:
         said += answers.read(ANSWER) or b""
         complaints.seek(0)
         error = complaints.read(ANSWER).decode(errors="replace").strip().splitlines()
-    return said.decode(errors="replace").splitlines(), error[-1] if error else ""
+    return said.decode(errors="replace").splitlines(), error[0] if error else ""
 
 
 def _name_user(pid: int) -> None:

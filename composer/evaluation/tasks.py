@@ -22,6 +22,8 @@ FEWSHOT_SEED = 1234
 
 IN_SANDBOX = f"{pass_at_1.__module__}.{pass_at_1.__name__}"
 """The one metric that may run generated code, as a task's YAML names it."""
+METRIC_KEYS = ("metric", "aggregation", "higher_is_better", "seconds", "memory_mb")
+"""What may stand beside it."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,11 @@ def runs_code(manager: Any, name: str, *, allowed: bool) -> bool:
             f"task '{name}' runs generated code by {others[0] if others else 'a metric of its own'}, outside of any "
             f"sandbox; write it with 'metric: !function {IN_SANDBOX}' alone (docs/evaluation.md), or choose another one"
         )
+    for key, value in described["metric_list"][0].items():
+        if key not in METRIC_KEYS:
+            raise EvaluationError(f"task '{name}': the metric {IN_SANDBOX} has no '{key}' ({', '.join(METRIC_KEYS)})")
+        if key in ("seconds", "memory_mb") and (type(value) not in (int, float) or value <= 0):
+            raise EvaluationError(f"task '{name}': {key} of the metric is {value!r}; give a number above 0")
     if not allowed:
         raise EvaluationError(
             f"task '{name}' runs code that models write; 'evaluate: {{sandbox: true}}' in the recipe allows that, in a "
