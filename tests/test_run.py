@@ -181,6 +181,35 @@ def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_killed_in_the_middle_of_the_evaluation_it_scores_no_task_again(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    def served() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "store" / "served").glob("[!.]*.json")}
+
+    first = start(tmp_path, "run", str(recipe), "--yes")
+    wait_for(tmp_path, "evaluate", "started", first)
+    deadline = time.monotonic() + 180
+    while not served():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    before = served()
+    assert not any(one["stage"] == "evaluate" and one["event"] == "finished" for one in events(tmp_path))
+
+    second = cli("run", str(recipe), "--yes", "--json")
+    assert second.returncode == 0, second.stderr
+    now = served()
+    assert len(now) == 2, "one file for each task"
+    assert {file: now[file] for file in before} == before
+    report = json.loads((Path(json.loads(second.stdout)["run"]) / "report.json").read_text())
+    mine = next(one["scores"] for one in report["evidence"]["subjects"] if one["role"] == "composite")
+    kept = [json.loads(file.read_text())["score"] for file in now]
+    assert sorted(kept, key=str) == sorted(mine["tasks"], key=str)
+    assert "uniform average of cluster-1 is merged-1 itself" in report["evidence"]["verdict"]
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_engine_behind(recipe: Path, tmp_path: Path) -> None:
     process = start(tmp_path, "run", str(recipe), "--yes", "merge.strategy=none", "zoo.models.0.id=only")
     wait_for(tmp_path, "serve", "started", process)
