@@ -123,8 +123,8 @@ def contexts(items: Items) -> dict[str, str]:
 def _requests(items: Items) -> dict[str, list[Any]]:
     """Return lm-eval's requests for every item, by its hash."""
     task = items.task
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise EvaluationError(f"task '{items.name}' runs generated code or needs more than text; choose another one")
+    if getattr(task, "MULTIMODAL", False):
+        raise EvaluationError(f"task '{items.name}' needs more than text; choose another one")
     others = getattr(task, "_instances", None)  # the task may be in use elsewhere
     task.set_fewshot_seed(FEWSHOT_SEED)
     with redirect_stderr(StringIO()):  # lm-eval asks nobody whether to show this bar
