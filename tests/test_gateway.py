@@ -280,6 +280,9 @@ def test_keys_are_kept_as_hashes_and_open_the_door(directory: Path, tmp_path: Pa
             assert httpx.get(url, headers={"authorization": f"Bearer {right}"}).status_code == 200
         assert httpx.get(f"{server.endpoint.url}/health").status_code == 200, "balancers have no key"
         refusal(httpx.get(f"{server.endpoint.url}/metrics"), 401)
+        own = server.endpoint.key
+        assert httpx.get(url, headers={"authorization": f"Bearer {own}"}).status_code == 200, "evaluation comes in"
+        assert own not in server.endpoint.model_dump_json() + repr(server.endpoint) + file.read_text()
         remove_key(file, "you")
         refusal(httpx.get(url, headers={"authorization": f"Bearer {other}"}), 401, "not known")
         engine = server.supervisor.engines[0]

@@ -1,6 +1,8 @@
 """Serving: real engines, a real gateway, a real client, and nothing left behind."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,6 +94,26 @@ def test_a_prompt_finds_its_expert(served: Server, client: openai.OpenAI) -> Non
         assert raw.parse().choices[0].text == named.choices[0].text
         routed = httpx.post(f"{served.endpoint.url}/v1/route", json={"input": text}).json()["data"][0]
         assert routed["expert"] == expert
+
+
+@pytest.mark.slow
+def test_langchain_and_curl_talk_to_it(served: Server) -> None:
+    from langchain_openai import ChatOpenAI
+
+    url = f"{served.endpoint.url}/v1"
+    chat = ChatOpenAI(base_url=url, api_key="none", model="mix", max_completion_tokens=8, temperature=0)  # type: ignore[arg-type]
+    whole = chat.invoke(MATH[1])
+    assert isinstance(whole.content, str)
+    assert "".join(str(part.content) for part in chat.stream(MATH[1])) == whole.content
+    body = json.dumps({"model": "mix", "messages": [{"role": "user", "content": MATH[1]}], "max_tokens": 8,
+                       "temperature": 0})  # fmt: skip
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    command = [curl, "-s", "-i", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    head, _, answer = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n\n")
+    assert "x-composer-expert: stories-math" in head
+    assert json.loads(answer)["choices"][0]["message"]["content"] == whole.content
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Here every question is routed on its context alone, so all choices of a question
 expert's own tokenizer cuts context and continuation.
 """
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from composer.progress import Progress, Step, silent
 if TYPE_CHECKING:
     from composer.serving.server import Endpoint
 
+PATIENCE = 300.0
+"""Seconds to wait for an engine that is being started again."""
 TIMEOUT = 600.0
 """Seconds one request may take; a batch of long prompts on a busy CPU takes a while."""
 
@@ -128,7 +131,8 @@ class ComposedModel(LM):  # type: ignore[misc]
             EvaluationError: if the endpoint does not give log-probabilities of prompts.
         """
         super().__init__()
-        self.client = httpx.Client(base_url=endpoint.url, timeout=TIMEOUT, trust_env=False)
+        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        self.client = httpx.Client(base_url=endpoint.url, timeout=TIMEOUT, trust_env=False, headers=headers)
         self.progress = progress
         self.routed: dict[str, Counter[str]] = {}
         """For each task: how many items each expert got."""
@@ -237,10 +241,15 @@ def _likelihood(choice: dict[str, Any], prompt: int, continuation: int, expert: 
 
 
 def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    try:
-        answer = client.post(path, json=body)
-    except httpx.TransportError as error:
-        raise EvaluationError(f"the endpoint {client.base_url} does not answer: {error}") from error
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            answer = client.post(path, json=body)
+        except httpx.TransportError as error:
+            raise EvaluationError(f"the endpoint {client.base_url} does not answer: {error}") from error
+        if answer.status_code not in (429, 503) or time.monotonic() > end:
+            break
+        time.sleep(min(5.0, float(answer.headers.get("retry-after", 1))))  # an engine is being started again
     if answer.status_code != 200:
         raise EvaluationError(f"the endpoint refused {path} ({answer.status_code}): {answer.text[:300]}")
     result: dict[str, Any] = answer.json()

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Changes when the same composite would score otherwise."""
-NO_MATTER = {"host", "port", "kv_cache_mb", "start_timeout"}
+NO_MATTER = {
+    "host", "port", "keys", "require_key", "limits", "drain_seconds", "when_down", "kv_cache_mb", "start_timeout",
+}  # fmt: skip
 """Settings of the endpoint that no score depends on."""
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
+from pydantic import Field
 
 from composer.artefacts import Store
 from composer.errors import ServeError
@@ -39,6 +40,8 @@ class Endpoint(Value):
     """Why an engine is not the usual one."""
     scores_prompts: bool
     """Whether every engine gives log-probabilities of prompts."""
+    key: str = Field(default="", exclude=True, repr=False)
+    """What opens it to its own process, where it asks for keys; never written down."""
 
 
 class Server:
@@ -106,6 +109,7 @@ class Server:
             max_model_len={name: supervisor.max_model_len(name) for name in names},
             notes=tuple(f"{place.name}: {place.note}" for place in places if place.note),
             scores_prompts=all(supervisor.scores_prompts(name) for name in names),
+            key=keys.own if keys else "",
         )
         return self
 
