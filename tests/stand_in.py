@@ -45,7 +45,7 @@ engine = StandIn()
 
 def application(name: str, secret: str | None = None) -> FastAPI:
     app = FastAPI()
-    seen = {"requests": 0, "cancelled": 0, "finished": 0, "open": 0}
+    seen = {"requests": 0, "cancelled": 0, "finished": 0, "open": 0, "asleep": 0}
 
     @app.get("/health")
     async def health() -> Response:
@@ -54,6 +54,16 @@ def application(name: str, secret: str | None = None) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"data": [{"id": name}]})
+
+    @app.post("/sleep")
+    async def sleep(level: int) -> Response:
+        seen["asleep"] = level
+        return Response()
+
+    @app.post("/wake_up")
+    async def wake_up() -> Response:
+        seen["asleep"] = 0
+        return Response()
 
     @app.get("/seen")
     async def counts() -> dict[str, int]:
@@ -64,6 +74,8 @@ def application(name: str, secret: str | None = None) -> FastAPI:
         if secret is not None and request.headers.get("authorization") != f"Bearer {secret}":
             return JSONResponse({"error": "who are you?"}, 401)
         seen["requests"] += 1
+        if seen["asleep"]:
+            return JSONResponse({"error": "asleep"}, 500)
         body = await request.json()
         prompt = json.dumps(body.get("prompt") or body.get("messages"))
         pause = float(found[1]) if (found := re.search(r"slow ([\d.]+)", prompt)) else 0.0

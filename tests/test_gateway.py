@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from composer.artefacts import Store
 from composer.errors import ServeError
 from composer.serving.engines import ENGINES
+from composer.serving.engines.machine import Gpu
 from composer.serving.keys import KeyFile, Keyring, make_key, remove_key
 from composer.serving.server import Server
 from composer.serving.settings import Limits, ServeSection
@@ -372,6 +373,35 @@ class _Broken:
 
     def environment(self, settings: Any) -> dict[str, str]:
         return {}
+
+
+def test_engines_that_do_not_fit_together_take_turns(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-ins refuse to answer while they sleep."""
+    monkeypatch.setattr("composer.serving.places.gpus", lambda: [Gpu(0, 1 << 30, 1 << 30)])
+    with serve(directory, tmp_path) as server:
+        assert server.supervisor.sharing() == [["stories-math", "script-code"]]
+        for prompt in (MATH[0], CODE[0], MATH[1], CODE[1]):
+            assert post(server, {"model": "mix", "prompt": prompt}).status_code == 200
+        with httpx.stream(
+            "POST",
+            f"{server.endpoint.url}/v1/completions",
+            json={"model": "stories-math", "prompt": "tokens 4 slow 0.3", "stream": True},
+        ) as answer:
+            began = time.monotonic()
+            assert post(server, {"model": "script-code", "prompt": "a"}).status_code == 200
+            assert time.monotonic() - began > 0.8, "the stream was not cut off"
+            assert "[DONE]" in answer.read().decode()
+        engine = server.supervisor._seats["stories-math"]
+        assert (seen(server, "stories-math")["asleep"], seen(server, "script-code")["asleep"]) == (1, 0)
+        assert engine.process is not None
+        for one in psutil.Process(engine.process.pid).children(recursive=True):
+            one.kill()
+        eventually(lambda: engine.restarts == 1 and server.supervisor.states()["stories-math"] == "ready", 30)
+        assert seen(server, "script-code")["asleep"] == 1, "it made room"
+        for prompt in (CODE[0], MATH[0]):
+            assert post(server, {"model": "mix", "prompt": prompt}).status_code == 200
 
 
 def test_answers_that_have_begun_come_to_their_end_when_it_stops(directory: Path, tmp_path: Path) -> None:

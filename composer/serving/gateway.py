@@ -5,11 +5,11 @@ header ``x-composer-expert``.
 """
 
 import asyncio
-import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import orjson
@@ -26,6 +26,7 @@ from composer.serving.engines import Seat
 from composer.serving.keys import KeyFile
 from composer.serving.metrics import CONTENT_TYPE, Metrics
 from composer.serving.settings import Limits, ServeSection
+from composer.serving.turns import Turns
 from composer.serving.upstream import DownError, GoneError, Upstream, events, read_body, unless_gone
 from routers import Decision, Router
 from routers.policy import Scope
@@ -33,7 +34,6 @@ from routers.policy import Scope
 JSON = "application/json"
 CLOSED = 499
 """What servers write down for a client that went away; nobody is there to read it."""
-log = logging.getLogger(__name__)
 
 
 class Engines(Protocol):
@@ -51,6 +51,10 @@ class Engines(Protocol):
         """Return in how many seconds it is worth asking again."""
         ...
 
+    def sharing(self) -> Sequence[Sequence[str]]:
+        """Return the names of engines that take turns."""
+        ...
+
     def restarts(self) -> dict[str, int]:
         """Return how often each engine was restarted."""
         ...
@@ -64,8 +68,8 @@ def create_app(
     *,
     keys: KeyFile | None = None,
     loopback: bool = True,
-) -> Door:
-    """Return the application.
+) -> "tuple[Door, Gateway]":
+    """Return the application, and what is behind its door.
 
     Args:
         composite: What is served.
@@ -81,6 +85,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with gateway.upstream:
+            gateway.loop = asyncio.get_running_loop()
             yield
 
     title = f"Model Composer: {composite.name}"
@@ -164,7 +169,7 @@ def create_app(
         return await gateway.complete(request, body)
 
     paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
-    return Door(app, section.limits, gateway.metrics, paths, keys, loopback)
+    return Door(app, section.limits, gateway.metrics, paths, keys, loopback), gateway
 
 
 class Gateway:
@@ -178,6 +183,8 @@ class Gateway:
         self.when_down = section.when_down
         self.metrics = Metrics()
         self.upstream = Upstream(section.limits.answer_seconds)
+        self.turns = Turns(engines.sharing(), self._switch)
+        self.loop: asyncio.AbstractEventLoop
         self.experts = [expert.id for expert in composite.experts]
         self.names = [composite.name, *self.experts]
         # One at a time: a second forward pass at the same moment would only slow down the first.
@@ -295,16 +302,18 @@ class Gateway:
             if name != expert:
                 self.metrics.failovers.labels(name).inc()
                 headers["x-composer-instead-of"] = expert
-            try:
-                return await self._ask(request, path, body, name, seat, headers)
-            except DownError:
-                continue
-            except GoneError:
-                return Response(status_code=CLOSED)
-            except TimeoutError:
-                raise RequestError(
-                    504, f"expert '{name}' did not answer within {self.limits.answer_seconds:g} s"
-                ) from None
+            async with AsyncExitStack() as stack:
+                try:
+                    await stack.enter_async_context(self.turns.turn(seat.engine))
+                    return await self._ask(request, path, body, name, seat, headers, stack)
+                except DownError:
+                    continue
+                except GoneError:
+                    return Response(status_code=CLOSED)
+                except TimeoutError:
+                    raise RequestError(
+                        504, f"expert '{name}' did not answer within {self.limits.answer_seconds:g} s"
+                    ) from None
         seconds = self.engines.retry_after(expert)
         raise RequestError(
             503,
@@ -320,8 +329,48 @@ class Gateway:
         ranked = sorted(decision.scores, key=lambda name: -decision.scores[name])
         return list(dict.fromkeys([expert, *fallback, *ranked]))
 
+    async def _switch(self, engine: str, awake: bool) -> None:
+        """Wake an engine, or put it to sleep.
+
+        Raises:
+            DownError: if it does not answer.
+        """
+        seat = next((one for name in self.experts if (one := self.engines.seat(name)) and one.engine == engine), None)
+        if seat is None:
+            if awake:
+                raise DownError(engine)
+            return  # what is gone holds no memory
+        await self.upstream.command(seat, "wake_up" if awake else "sleep?level=1")
+
+    @contextmanager
+    def room(self, engine: str) -> Iterator[None]:
+        """Keep others asleep while an engine starts; for another thread than the gateway's."""
+        entered, done = threading.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            async with self.turns.alone(engine):
+                entered.set()
+                await done.wait()
+
+        future = asyncio.run_coroutine_threadsafe(hold(), self.loop)
+        while not entered.wait(0.1):
+            if future.done():
+                future.result()
+        try:
+            yield
+        finally:
+            self.loop.call_soon_threadsafe(done.set)
+            future.result()
+
     async def _ask(
-        self, request: Request, path: str, body: dict[str, Any], name: str, seat: Seat, headers: dict[str, str]
+        self,
+        request: Request,
+        path: str,
+        body: dict[str, Any],
+        name: str,
+        seat: Seat,
+        headers: dict[str, str],
+        stack: AsyncExitStack,
     ) -> Response:
         answer = await unless_gone(request, self.upstream.send(seat, path, body))
         if answer.status == 401:
@@ -354,12 +403,25 @@ class Gateway:
                 words = "took too long" if slow else "stopped in the middle of the answer"
                 failure = RequestError(504 if slow else 503, f"the engine of expert '{name}' {words}")
                 yield b"data: " + failure.body + b"\n\n"
-            finally:
-                # Also when the client goes away: closing the connection makes the engine stop generating.
-                answer.close()
-                self.metrics.used(name, _last_usage(tail))
+            self.metrics.used(name, _last_usage(tail))
 
-        return StreamingResponse(passed_on(), answer.status, headers, media_type=media)
+        held = stack.pop_all()
+        # Also when the client goes away: closing the connection makes the engine stop generating.
+        held.callback(answer.close)
+        return Held(held, passed_on(), answer.status, headers, media_type=media)
+
+
+class Held(StreamingResponse):
+    """A stream that holds on to something until it has ended, in whatever way, or has not even begun."""
+
+    def __init__(self, held: AsyncExitStack, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.held = held
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the stream."""
+        async with self.held:
+            await super().__call__(scope, receive, send)
 
 
 async def _whole(answer: Any) -> bytes:

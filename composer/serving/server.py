@@ -148,7 +148,9 @@ class Server:
         _raise_file_limit()
         router = load_router(self.directory)
         loopback = is_loopback(self.section.host)
-        app: Any = create_app(self.composite, router, self.supervisor, self.section, keys=keys, loopback=loopback)
+        door, gateway = create_app(self.composite, router, self.supervisor, self.section, keys=keys, loopback=loopback)
+        self.supervisor.room = gateway.room
+        app: Any = door
         config = uvicorn.Config(
             app,
             http=impatient(self.section.limits.read_seconds),

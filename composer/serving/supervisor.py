@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,8 @@ class Supervisor:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._seats: dict[str, Engine] = {}
+        self.room: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+        """Makes room on a GPU for an engine that is started again, where engines take turns on it."""
 
     def start(self) -> None:
         """Start the engines and wait until each has answered a request; then watch over them.
@@ -121,6 +124,8 @@ class Supervisor:
                     self._spawn(engine)
                 for engine in group:
                     self._wait(engine)
+                    if engine.place.share.sleeps:
+                        self._send_to_sleep(engine)  # to make room for the next
             for name in self.section.remote:
                 self._greet(name)
         except BaseException:
@@ -150,7 +155,16 @@ class Supervisor:
         if engine.state != "ready" or not engine.alive:
             return None
         place = engine.place
-        return Seat(f"{engine.url}/v1", place.models[expert], place.bodies.get(expert, {}), engine.headers)
+        body = place.bodies.get(expert, {})
+        return Seat(f"{engine.url}/v1", place.models[expert], body, engine.headers, place.name)
+
+    def sharing(self) -> list[list[str]]:
+        """Return the names of engines that take turns on the same GPUs; most have theirs to themselves."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for engine in self.engines:
+            if engine.place.share.sleeps:
+                groups.setdefault(engine.place.share.gpus, []).append(engine.place.name)
+        return list(groups.values())
 
     def states(self) -> dict[str, str]:
         """Return the state of each expert's engine; that of a remote one is for a request to find out."""
@@ -264,6 +278,15 @@ class Supervisor:
                 return answer.text[:200] if answer.status_code < 500 else ""
         return None
 
+    def _send_to_sleep(self, engine: Engine) -> None:
+        url = f"{engine.url}/sleep?level=1"
+        answer = httpx.post(url, headers=engine.headers, timeout=120, trust_env=False)
+        if answer.status_code != 200:
+            raise ServeError(
+                f"the engines do not fit on the GPU together, and that of '{engine.place.name}' cannot sleep "
+                f"({answer.status_code}); try serve.dtype=bfloat16 or serve.remote (log: {engine.log})"
+            )
+
     def _why(self, engine: Engine) -> str:
         """Say why an engine died, and what to change if it was for want of memory."""
         text = _tail(engine.log)
@@ -355,8 +378,9 @@ class Supervisor:
             failures += 1
             engine.restarts += 1
             try:
-                self._spawn(engine)
-                self._wait(engine)
+                with self.room(name) if engine.place.share.sleeps else nullcontext():
+                    self._spawn(engine)
+                    self._wait(engine)
             except (ServeError, OSError) as error:
                 why = str(error)
                 continue

@@ -45,6 +45,20 @@ class Upstream:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
+    async def command(self, seat: Seat, what: str) -> None:
+        """Tell an engine itself something, below its root.
+
+        Raises:
+            DownError: if it does not do it.
+        """
+        url = f"{seat.url.removesuffix('/v1')}/{what}"
+        try:
+            async with self._session.post(url, headers=seat.headers) as answer:
+                if answer.status != 200:
+                    raise DownError(f"{what}: {answer.status}")
+        except aiohttp.ClientError as error:
+            raise DownError(str(error)) from None
+
     async def send(self, seat: Seat, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """Send a request; return the answer, of which only the head has been read.
 

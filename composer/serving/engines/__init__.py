@@ -41,6 +41,8 @@ class Seat:
     """Added to each request."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Sent with each request."""
+    engine: str = ""
+    """The engine's name, which experts that share it have in common."""
 
 
 class EngineKind(Protocol):
