@@ -196,7 +196,7 @@ def _told(line: str, token: str) -> str | None:
         mark, problem = json.loads(line)
     except (ValueError, TypeError):
         return None
-    return str(problem) if mark == token else None
+    return " ".join(str(problem).split()) if mark == token else None
 
 
 def _interpreter() -> Path:

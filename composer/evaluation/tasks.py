@@ -218,6 +218,12 @@ def runs_code(manager: Any, name: str, *, allowed: bool) -> bool:
     return True
 
 
+def shut_in(task: Any) -> bool:
+    """Return whether a loaded task runs no generated code, or in our sandbox only."""
+    metrics = [one["metric"] for one in getattr(task.config, "metric_list", None) or []]
+    return not getattr(task, "UNSAFE_CODE", False) or metrics == [pass_at_1]
+
+
 def _load(manager: Any, name: str) -> Any:
     try:
         loaded = manager.load([name])["tasks"]
@@ -227,8 +233,7 @@ def _load(manager: Any, name: str) -> Any:
     if len(loaded) != 1:
         raise EvaluationError(f"'{name}' is a group of tasks; list its tasks one by one")
     task = next(iter(loaded.values()))
-    metrics = [one["metric"] for one in getattr(task.config, "metric_list", None) or []]
-    if getattr(task, "UNSAFE_CODE", False) and metrics != [pass_at_1]:
+    if not shut_in(task):
         raise EvaluationError(f"task '{name}' runs generated code in a way that its YAML does not tell; choose another")
     return task
 
@@ -275,7 +280,7 @@ def run_tasks(model: Any, split: Split, subject: str) -> Scores:
         samples=samples,
         bootstrap_iters=0,
         log_samples=True,
-        confirm_run_unsafe_code=True,  # what is not allowed or not shut in was refused when it was to be loaded
+        confirm_run_unsafe_code=all(map(shut_in, tasks.values())),
     )
     return Scores(
         subject=subject,
