@@ -73,17 +73,13 @@ def measure(experts: list[Checkpoint], way: str, options: argparse.Namespace) ->
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         if way == "shared":
-            urls = [stack.enter_context(engine(experts, options.kv_mb))] * len(experts)
+            urls = [wait(*stack.enter_context(engine(experts, options.kv_mb)))] * len(experts)
         else:
             urls = []
             together = os.cpu_count() or 1
             for start in range(0, len(experts), together):
                 group = [stack.enter_context(engine([one], options.kv_mb)) for one in experts[start : start + together]]
-                urls += group
-                for url in group:
-                    wait(url)
-        for url in set(urls):
-            wait(url)
+                urls += [wait(*one) for one in group]
         started = time.monotonic() - began
         bodies = [body(place, experts, way, options.tokens) for place in range(options.requests)]
         targets = [urls[place % len(experts)] for place in range(options.requests)]
@@ -106,11 +102,12 @@ def measure(experts: list[Checkpoint], way: str, options: argparse.Namespace) ->
 
 
 @contextlib.contextmanager
-def engine(experts: list[Checkpoint], kv_mb: int) -> Iterator[str]:
-    """Start an engine and give its address; it may take a while to answer."""
+def engine(experts: list[Checkpoint], kv_mb: int) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """Start an engine and give its guard and its address; it takes a while to answer."""
     kind = ENGINES.get("vllm")
+    limit = min(512, *(one.context_length or 512 for one in experts))
     settings = EngineSettings(
-        port=free_port(), max_model_len=512, dtype="float32", kv_cache_mb=kv_mb, threads=1, share=0.9
+        port=free_port(), max_model_len=limit, dtype="float32", kv_cache_mb=kv_mb, threads=1, share=0.9
     )
     command = kind.command(experts[0].renamed("model"), settings)
     environment = {**os.environ, **kind.environment(settings)}
@@ -119,23 +116,24 @@ def engine(experts: list[Checkpoint], kv_mb: int) -> Iterator[str]:
         environment |= colocated.environment()
     process = subprocess.Popen(
         [sys.executable, "-S", str(GUARD), *command],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
     try:
-        yield f"http://127.0.0.1:{settings.port}"
+        yield process, f"http://127.0.0.1:{settings.port}"
     finally:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
 
 
-def wait(url: str) -> None:
-    """Wait until an engine is ready."""
-    while True:
+def wait(process: "subprocess.Popen[bytes]", url: str) -> str:
+    """Wait until an engine is ready; return its address."""
+    while process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health").status_code == 200:
-                return
+                return url
         time.sleep(0.1)
+    sys.exit("an engine died at start")
 
 
 def body(place: int, experts: list[Checkpoint], way: str, tokens: int) -> dict[str, Any]:

@@ -39,14 +39,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         room = Path(directory)
         first, second = (inspect_checkpoint(path.name, path, Store(room)) for path in options.models)
+        limit = min(512, *(one.context_length or 512 for one in (first, second)))
         fresh, starts = {}, []
         for one in (first, second):
             began = time.monotonic()
-            with LivingEngine(one, room / "fresh.log", dtype=options.dtype, max_model_len=512) as engine:
+            with LivingEngine(one, room / "fresh.log", dtype=options.dtype, max_model_len=limit) as engine:
                 fresh[one.id] = answers(engine, one)
                 starts.append(time.monotonic() - began)
         print(json.dumps({"way": "start", "seconds": seconds(starts)}), flush=True)
-        with LivingEngine(first, room / "engine.log", dtype=options.dtype, max_model_len=512) as engine:
+        with LivingEngine(first, room / "engine.log", dtype=options.dtype, max_model_len=limit) as engine:
             ways: dict[str, Callable[[Checkpoint], float]] = {
                 "swap from disk": lambda one: timed(lambda: engine.swap(Path(one.path))),
                 "swap from memory": lambda one: from_memory(engine, one),
@@ -84,7 +85,7 @@ def of_tensors(engine: LivingEngine, one: Checkpoint) -> float:
 def answers(engine: LivingEngine, one: Checkpoint) -> Any:
     """Return what an engine says: likelihoods, and what it writes."""
     tokenizer = AutoTokenizer.from_pretrained(one.path)
-    prompts = [tuple(tokenizer.encode(text))[-400:] for text in PROMPTS]
+    prompts = [tuple(tokenizer.encode(text))[-200:] for text in PROMPTS]
     after = tuple(tokenizer.encode(AFTER, add_special_tokens=False))
     return engine.score([(prompt, after) for prompt in prompts]), engine.complete(prompts, 32)
 

@@ -98,8 +98,8 @@ class LivingEngine:
     def swap(self, directory: Path) -> None:
         """Put the weights of a checkpoint in the place of those that are there.
 
-        The files are not needed afterwards. After an error in the engine itself, it is stopped: what weights it has
-        then, nobody knows.
+        Configuration and tokenizer stay the first checkpoint's. The files are not needed afterwards. After an error in
+        the engine itself, it is stopped: what weights it has then, nobody knows.
 
         Args:
             directory: Holds safetensors files with tensors of the same names and shapes as the first checkpoint's.
