@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -207,6 +208,15 @@ def test_killed_in_the_middle_of_the_evaluation_it_scores_no_task_again(recipe: 
     kept = [json.loads(file.read_text())["score"] for file in now]
     assert sorted(kept, key=str) == sorted(mine["tasks"], key=str)
     assert "uniform average of cluster-1 is merged-1 itself" in report["evidence"]["verdict"]
+
+    again = cli("run", str(recipe), "--yes")
+    assert "composing it again" not in again.stderr, "it has finished, and all is there"
+    shutil.rmtree(tmp_path / "runs" / "store" / "merged")
+    third = cli("run", str(recipe), "--yes")
+    assert third.returncode == 0, third.stderr
+    assert "is gone; composing it again" in third.stderr
+    assert list((tmp_path / "runs" / "store" / "merged").glob("*/model.safetensors"))
+    assert served() == now, "what is right is not scored again"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Asking an engine, and passing on what it answers."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
@@ -72,7 +73,8 @@ class Upstream:
             given = body.get("vllm_xargs")
             extra["vllm_xargs"] = {**(given if isinstance(given, dict) else {}), **extra["vllm_xargs"]}
         if "cache_salt" in extra and body.get("cache_salt"):
-            extra["cache_salt"] = f"{extra['cache_salt']} {body['cache_salt']}"
+            own = hashlib.sha256(str(body["cache_salt"]).encode()).hexdigest()  # of bounded length, as vLLM wants it
+            extra["cache_salt"] = f"{extra['cache_salt']} {own}"
         content = orjson.dumps({**body, **extra, "model": seat.model})
         headers = {"content-type": "application/json", **seat.headers}
         for last in (False, True):
