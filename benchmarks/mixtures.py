@@ -91,7 +91,8 @@ def main() -> None:
     proxy = first(split_of(section, "proxy"), dict.fromkeys(ITEMS, 16))
     held_out = first(split_of(section, "held_out"), ITEMS)
     recipe = YAML(typ="safe").load(ROOT / "recipes" / "smollm2.yaml")
-    examples = {one["id"]: tuple(one["examples"]) for one in recipe["zoo"]["models"]}
+    examples = {one["id"]: tuple(one.get("examples", ())) for one in recipe["zoo"]["models"]}
+    examples |= {"smol-code": examples["qwen-coder"]}  # who answers them where it is not
     experts = tuple(
         Expert(id=name, checkpoint=inspect_checkpoint(name, zoo / name, store), members=(name,),
                examples=examples[name], reason="a benchmark")

@@ -2,7 +2,7 @@
 
     COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/search.py --store DIR [STRATEGY[:OPERATOR] ...] [key=value ...]
 
-The models and tasks are those of recipes/smollm2.yaml, without its outsider: SmolLM2-135M-Instruct's five fine-tunes.
+The models are SmolLM2-135M-Instruct's five fine-tunes of recipes/smollm2.yaml, the tasks what they were tuned for.
 Each search is one of the recipe's strategies (average, coefficient, similarity, evolution, simmerge, bandit), with one
 operator or, without ":OPERATOR", with those it takes by default; settings override `merge.…` or `evaluate.…`. What each
 search keeps is scored on the held-out items and compared with the best single model and with the uniform average of the
@@ -38,6 +38,7 @@ from composer.zoo import Zoo, inspect_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "smollm2-135m-instruct"
 FIVE = ("smol-sst2", "smol-agnews", "smol-science", "smol-math", "smol-code")
+TASKS = ("smol_sst2", "smol_agnews", "smol_arc_easy", "smol_gsm8k", "smol_mbpp")
 SEARCHES = (
     "average:linear",
     "coefficient:linear",
@@ -65,7 +66,7 @@ def main() -> None:
     settings = [word for word in options.words if "=" in word]
     searches = [word for word in options.words if "=" not in word] or SEARCHES
     zoo, store = Path(os.environ["COMPOSER_ZOO"]), Store(options.store)
-    plain = ["merge.merges=[]", "merge.strategy=average"]
+    plain = ["merge.strategy=average", f"evaluate.tasks=[{','.join(TASKS)}]"]
     evaluate = load_recipe(ROOT / "recipes" / "smollm2.yaml", [*plain, *settings])
     judge = Judge(evaluate.evaluate, evaluate.probes, store.root)
     executor = LocalExecutor(lambda: judge)

@@ -201,6 +201,8 @@ def _cost(
         trial = size / TRIAL_RATE + _score_seconds(zoo[plan.members[0]], proxy) - LOAD_SECONDS
         seconds += plan.trials * trial / (recipe.workers or 1)
     seconds += sum(_score_seconds(member, held_out) for member in zoo.members)
+    averaged = [zoo[cluster.members[0]] for cluster in clusters if len(cluster.members) > 1]
+    seconds += sum(_score_seconds(one, held_out) for one in averaged)  # uniform averages, to compare with
     seconds += _score_seconds(largest, held_out) * (len(zoo.members) if inside else 1)  # the composite
     serving = PROCESS_GB + sum(ENGINE_GB + 4e-9 * one.parameters + recipe.serve.kv_cache_mb / 1024 for one in served)
     logits = 8e-9 * recipe.evaluate.batch_size * BATCH_TOKENS * max(m.vocabulary_size or 0 for m in zoo.members)

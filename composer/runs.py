@@ -27,6 +27,10 @@ ROOT_VARIABLE = "MODEL_COMPOSER_RUNS"
 _INPUT_FILES = ("*.json", "*.safetensors", "*.gguf", "*.jinja", "*.yaml", "*.jsonl", "*.py")
 
 
+AGAIN = "begun again"
+"""The event of a run that was begun again."""
+
+
 def runs_root() -> Path:
     """Return where runs live: $MODEL_COMPOSER_RUNS, else ./runs."""
     return Path(os.environ.get(ROOT_VARIABLE, "runs")).resolve()
@@ -83,8 +87,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last stage has finished."""
-        return any(one["stage"] == "report" and one["event"] == "finished" for one in self.events())
+        """Whether the last stage has finished, since the run was begun or begun again."""
+        over = [one["stage"] for one in self.events() if one["event"] in ("finished", AGAIN)]
+        return "report" in over[len(over) - over[::-1].index("run") if "run" in over else 0 :]
 
     @property
     def checkpoints(self) -> Path:
@@ -107,6 +112,13 @@ class Run:
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(directory, self.path))
         link.replace(self.composite)
+
+    def begin_again(self) -> None:
+        """Forget how far it came; what its stages keep in the store stays, and is used where it is still right."""
+        for file in self.path.glob(f"{self.checkpoints.name}*"):
+            file.unlink()
+        self.composite.unlink(missing_ok=True)
+        self.log("run", AGAIN)
 
     def create(self, recipe: Recipe) -> None:
         """Make the directory and write the resolved recipe, unless it is there."""

@@ -22,8 +22,11 @@ from composer.artefacts import digest
 from composer.clustering import Clusters, cluster, joins
 from composer.errors import NotApprovedError
 from composer.evaluation import Evidence, Subject, weigh_evidence
-from composer.evaluation.endpoint import ComposedModel
-from composer.evaluation.tasks import run_tasks
+from composer.evaluation.baselines import without_a_router
+from composer.evaluation.evidence import Role
+from composer.evaluation.served import score_endpoint
+from composer.merging.averages import uniform_averages
+from composer.merging.cost import SearchCost
 from composer.merging.merge import merge_cluster
 from composer.merging.plan import MergeOutcome
 from composer.merging.trials import TrialLog
@@ -35,7 +38,7 @@ from composer.progress import Progress, Step
 from composer.report import RunRecord, write_report
 from composer.serving.server import Endpoint
 from composer.similarity import SimilarityMatrix, compare
-from composer.zoo import Zoo, inspect_zoo, make_whole
+from composer.zoo import Checkpoint, Zoo, inspect_zoo, make_whole
 from graphs.state import BranchState, ComposeContext, ComposeState, Session
 
 
@@ -59,6 +62,7 @@ def inspect(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, 
     """Describe all models."""
     session = runtime.context.session
     with stage("inspect", runtime) as progress:
+        session.split("proxy")  # what is wrong with a task is told before any weights are read
         zoo = inspect_zoo(session.run.recipe.zoo, session.run.store, progress)
         return {"zoo": _save(session, "zoo.json", zoo)}
 
@@ -182,26 +186,35 @@ def serve(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, An
 
 
 def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]:
-    """Score the composite through the endpoint, and every model it came from, on the held-out items."""
+    """Score the composite through the endpoint, and all it is compared with, on the held-out items."""
     session = runtime.context.session
     with stage("evaluate", runtime) as progress:
         # After a kill the endpoint of the serve stage is gone; it is brought up again here.
         endpoint = session.serving(state["composite"], progress).endpoint
-        composite = Composite.open(Path(state["composite"]))
-        section = session.run.recipe.evaluate
-        split = session.split("held_out")
-        model = ComposedModel(
-            endpoint, composite, batch_size=section.batch_size, dtype=section.dtype, progress=progress
+        recipe, split = session.run.recipe, session.split("held_out")
+        served = score_endpoint(
+            endpoint,
+            Path(state["composite"]),
+            split,
+            session.run.store,
+            serving=recipe.serve,
+            batch_size=recipe.evaluate.batch_size,
+            progress=progress,
         )
-        scores = run_tasks(model, split, composite.name)
         if not runtime.context.keep_serving:
             session.close()
+        session.run.log("evaluate", "scored", what="the composite through the endpoint", seconds=served.seconds)
+        began = time.monotonic()
+        baselines, notes = _baselines(state, session, progress)
+        seconds = round(time.monotonic() - began, 3)
+        session.run.log("evaluate", "scored", what="what it is compared with", seconds=seconds)
         evidence = weigh_evidence(
-            scores,
-            _baselines(Zoo.load(state["zoo"]), composite, session, progress),
-            routing={task: dict(counts) for task, counts in model.routed.items()},
+            served.scores,
+            baselines,
+            notes=notes,
+            routing=served.routing,
             likelihoods="endpoint" if endpoint.scores_prompts else "in process",
-            seed=section.seed,
+            seed=recipe.evaluate.seed,
         )
         return {"evidence": _save(session, "evidence.json", evidence)}
 
@@ -224,13 +237,16 @@ def report(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, A
             endpoint=Endpoint.load(state["endpoint"]),
             evidence=Evidence.load(state["evidence"]),
             seconds=_durations(session),
+            cost=SearchCost.total(outcome.cost for outcome in outcomes),
+            scoring=_scoring(session),
         )
         return {"report": str(write_report(record, session.run.path))}
 
 
-def _baselines(zoo: Zoo, composite: Composite, session: Session, progress: Progress) -> list[Subject]:
-    """Score every source model, every merged expert and the base on the held-out items."""
-    rows: list[tuple[Any, str]] = [(member, "source") for member in zoo.members]
+def _baselines(state: ComposeState, session: Session, progress: Progress) -> tuple[list[Subject], tuple[str, ...]]:
+    """Score every source model, merged expert and the base on the held-out items, and what needs no search."""
+    zoo, composite = Zoo.load(state["zoo"]), Composite.open(Path(state["composite"]))
+    rows: list[tuple[Checkpoint, Role]] = [(member, "source") for member in zoo.members]
     if composite.gates is None:  # else the only expert is the composite itself
         rows += [(expert.checkpoint, "merged") for expert in composite.experts if expert.checkpoint.lineage]
     if zoo.base is not None and zoo.base.id not in zoo.ids:
@@ -241,11 +257,27 @@ def _baselines(zoo: Zoo, composite: Composite, session: Session, progress: Progr
     for (checkpoint, role), scores in zip(rows, session.executor.map("score", calls), strict=True):
         subjects.append(Subject(role=role, scores=scores))
         progress(Step(stage="evaluate", message=f"baseline {checkpoint.id}", done=len(subjects), total=len(rows)))
-    return subjects
+    experts = {expert.id for expert in composite.experts}
+    own = {one.scores.subject: one.scores for one in subjects if one.scores.subject in experts}
+    progress(Step(stage="evaluate", message="uniform averages"))
+    averages, notes = uniform_averages(
+        Plan.load(state["plan"]).clusters,
+        [one for one in map(MergeOutcome.load, state["outcomes"]) if one.result and one.result.id in own],
+        zoo,
+        session.run.recipe.merge,
+        session.executor,
+    )
+    subjects += [Subject(role="average", scores=scores) for scores in averages]
+    return subjects + without_a_router(list(own.values())), notes
 
 
 def _save(session: Session, name: str, value: Any) -> str:
     return str(value.save(session.run.path / name))
+
+
+def _scoring(session: Session) -> dict[str, float]:
+    """Return the seconds that scoring held-out items took, by what was scored; of several attempts the last."""
+    return {event["what"]: event["seconds"] for event in session.run.events() if event["event"] == "scored"}
 
 
 def _durations(session: Session) -> dict[str, float]:

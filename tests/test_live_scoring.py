@@ -383,7 +383,7 @@ def test_what_cannot_be_scored_is_refused(load: Load) -> None:
     for reason in ("UNSAFE_CODE", "MULTIMODAL"):
         split = load("words")
         setattr(split.tasks[0].task, reason, True)
-        with pytest.raises(EvaluationError, match="task 'words' runs generated code or needs more than text"):
+        with pytest.raises(EvaluationError, match="task 'words' needs more than text, or runs generated code in no"):
             LiveScorer(model, tokenizer, split)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -181,6 +182,44 @@ def test_killed_in_the_middle_of_merging_it_carries_on(recipe: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_killed_in_the_middle_of_the_evaluation_it_scores_no_task_again(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    def served() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "store" / "served").glob("[!.]*.json")}
+
+    first = start(tmp_path, "run", str(recipe), "--yes")
+    wait_for(tmp_path, "evaluate", "started", first)
+    deadline = time.monotonic() + 180
+    while not served():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    before = served()
+    assert not any(one["stage"] == "evaluate" and one["event"] == "finished" for one in events(tmp_path))
+
+    second = cli("run", str(recipe), "--yes", "--json")
+    assert second.returncode == 0, second.stderr
+    now = served()
+    assert len(now) == 2, "one file for each task"
+    assert {file: now[file] for file in before} == before
+    report = json.loads((Path(json.loads(second.stdout)["run"]) / "report.json").read_text())
+    mine = next(one["scores"] for one in report["evidence"]["subjects"] if one["role"] == "composite")
+    kept = [json.loads(file.read_text())["score"] for file in now]
+    assert sorted(kept, key=str) == sorted(mine["tasks"], key=str)
+    assert "uniform average of cluster-1 is merged-1 itself" in report["evidence"]["verdict"]
+
+    again = cli("run", str(recipe), "--yes")
+    assert "composing it again" not in again.stderr, "it has finished, and all is there"
+    shutil.rmtree(tmp_path / "runs" / "store" / "merged")
+    third = cli("run", str(recipe), "--yes")
+    assert third.returncode == 0, third.stderr
+    assert "is gone; composing it again" in third.stderr
+    assert list((tmp_path / "runs" / "store" / "merged").glob("*/model.safetensors"))
+    assert served() == now, "what is right is not scored again"
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_engine_behind(recipe: Path, tmp_path: Path) -> None:
     process = start(tmp_path, "run", str(recipe), "--yes", "merge.strategy=none", "zoo.models.0.id=only")
     wait_for(tmp_path, "serve", "started", process)
@@ -215,6 +254,28 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     rows = {one["scores"]["subject"]: one for one in report["evidence"]["subjects"]}
     assert rows["quickstart"]["role"] == "composite"
     assert {one["id"] for one in report["zoo"]["members"]} <= set(rows)
+    roles = [one["role"] for one in report["evidence"]["subjects"]]
+    assert {"random", "oracle", "average"} <= set(roles[-4:]), "apart, below the models"
+    oracle = next(one["scores"] for one in rows.values() if one["role"] == "oracle")
+    for task in oracle["tasks"]:
+        own = [rows[one["id"]]["scores"]["tasks"] for one in report["composite"]["experts"]]
+        means = [
+            sum(t["items"].values()) / len(t["items"])
+            for own_tasks in own
+            for t in own_tasks
+            if t["task"] == task["task"]
+        ]
+        assert sum(task["items"].values()) / len(task["items"]) == max(means)
+    assert {one["other"] for one in report["evidence"]["differences"]} == set(rows) - {"quickstart"}
+    assert [one["task"] for one in report["evidence"]["by_task"]] == list(report["evidence"]["routing"])
+    tried = sum(trial["tried"] for one in report["outcomes"] for trial in one["trials"])
+    assert 0 < report["cost"]["tried"] <= tried
+    assert report["cost"]["items"] <= 48 * 6 * report["cost"]["tried"]
+    kept = [one["result"] for one in report["outcomes"] if one["result"]]
+    assert report["cost"]["written_bytes"] == sum(one["size_bytes"] for one in kept)
+    shown = cli("show", str(run)).stdout
+    for words in ("(oracle)", "(random)", "(average)", "What the search cost", "composite minus"):
+        assert words in shown
     asked = cli("router", "ask", str(run), "def add(a, b):", "--json")
     assert json.loads(asked.stdout)["expert"] == "script-code", asked.stderr
     seen = json.loads(cli("router", "report", str(run), "--json").stdout)
@@ -232,7 +293,13 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     listed = cli("export", str(run), "--out", str(tmp_path / "models.yaml"), "--format", "litellm")
     assert "openai/quickstart" in (tmp_path / "models.yaml").read_text(), listed.stderr
     page = (run / "report.html").read_text()
-    for text in ("<svg", "stories-scrambled", report["evidence"]["verdict"].split(":")[0]):
+    for text in (
+        "<svg",
+        "stories-scrambled",
+        report["evidence"]["verdict"].split(":")[0],
+        "random routing",
+        "To compare with",
+    ):
         assert text in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "").replace(
         "http://purl.org", ""

@@ -1,6 +1,8 @@
 """Serving: real engines, a real gateway, a real client, and nothing left behind."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ from composer.mixture import Composite, Expert, build_composite
 from composer.mixture.settings import MixtureSection, RouterSection
 from composer.serving.engines import ENGINES
 from composer.serving.gateway import _user_text
+from composer.serving.places import places_of
 from composer.serving.server import Server
 from composer.serving.settings import ServeSection
 from composer.zoo import Checkpoint
@@ -65,7 +68,7 @@ def client(served: Server) -> openai.OpenAI:
 
 @pytest.mark.slow
 def test_it_listens_on_loopback_only(served: Server) -> None:
-    ports = {int(served.endpoint.url.rpartition(":")[2]), *(e.port for e in served.supervisor.engines.values())}
+    ports = {int(served.endpoint.url.rpartition(":")[2]), *(e.port for e in served.supervisor.engines)}
     listening = {
         (connection.laddr.ip, connection.laddr.port)
         for connection in psutil.net_connections("tcp")
@@ -91,6 +94,26 @@ def test_a_prompt_finds_its_expert(served: Server, client: openai.OpenAI) -> Non
         assert raw.parse().choices[0].text == named.choices[0].text
         routed = httpx.post(f"{served.endpoint.url}/v1/route", json={"input": text}).json()["data"][0]
         assert routed["expert"] == expert
+
+
+@pytest.mark.slow
+def test_langchain_and_curl_talk_to_it(served: Server) -> None:
+    from langchain_openai import ChatOpenAI
+
+    url = f"{served.endpoint.url}/v1"
+    chat = ChatOpenAI(base_url=url, api_key="none", model="mix", max_completion_tokens=8, temperature=0)  # type: ignore[arg-type]
+    whole = chat.invoke(MATH[1])
+    assert isinstance(whole.content, str)
+    assert "".join(str(part.content) for part in chat.stream(MATH[1])) == whole.content
+    body = json.dumps({"model": "mix", "messages": [{"role": "user", "content": MATH[1]}], "max_tokens": 8,
+                       "temperature": 0})  # fmt: skip
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    command = [curl, "-s", "-i", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    head, _, answer = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n\n")
+    assert "x-composer-expert: stories-math" in head
+    assert json.loads(answer)["choices"][0]["message"]["content"] == whole.content
 
 
 @pytest.mark.slow
@@ -280,8 +303,6 @@ def test_without_vllm_transformers_steps_in_or_the_error_says_so(
     directory = composite_of(quick, shared_store, "stories-math")
     with pytest.raises(ServeError, match=r"'stories-math' cannot be served: vLLM is not installed; run 'make setup'"):
         Server(directory, ServeSection(port=0, engine="vllm"), tmp_path).__enter__()
-    supervisor = Server(directory, ServeSection(port=0), tmp_path).supervisor
-    kind, note = supervisor._choose(supervisor.composite.experts[0])
-    assert kind.name == "transformers"
-    assert note is not None
-    assert "vLLM is not installed" in note
+    [place] = places_of(Composite.open(directory), ServeSection())
+    assert place.kind.name == "transformers"
+    assert "vLLM is not installed" in (place.note or "")

@@ -85,7 +85,8 @@ def main() -> None:
         dtype=options.dtype,
     )
     recipe = YAML(typ="safe").load(ROOT / "recipes" / "smollm2.yaml")
-    examples = {one["id"]: tuple(one["examples"]) for one in recipe["zoo"]["models"]} | {BASE: GENERAL}
+    examples = {one["id"]: tuple(one.get("examples", ())) for one in recipe["zoo"]["models"]}
+    examples |= {"smol-code": examples["qwen-coder"], BASE: GENERAL}  # who answers them where it is not
     experts = tuple(
         Expert(id=name, checkpoint=inspect_checkpoint(name, zoo / name, store), members=(name,),
                examples=examples[name], reason="a benchmark")

@@ -34,12 +34,12 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         progress_bar(quiet=as_json) as progress,
     ):
         store = Store(Path(scratch))
+        proxy = split_of(loaded.evaluate, "proxy")  # what is wrong with a task is told before any weights are read
         zoo = inspect_zoo(loaded.zoo, store, progress)
         skip = loaded.zoo.on_error == "skip"
         matrix = compare(zoo, store, loaded.cluster, loaded.probes, skip_broken=skip, progress=progress)
         zoo = zoo.without(matrix.skipped)
         clusters = cluster(matrix, loaded.cluster)
-        proxy = split_of(loaded.evaluate, "proxy")
         plan = make_plan(
             loaded,
             zoo,

@@ -30,6 +30,7 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
     loaded = load_recipe(recipe, list(overrides))
     os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
     run = Run.of(loaded, runs_root())
+    _look_after(run)
     if run.finished and not keep_serving:
         _tell(run, as_json)
         return
@@ -55,6 +56,21 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
                 serve_until_stopped(server, quiet=as_json)
         finally:
             context.session.close()
+
+
+def _look_after(run: Run) -> None:
+    """Begin a run again whose composite is there no more, or not as it was: what it needs is made anew."""
+    if not run.composite.is_symlink():
+        return
+    from composer.errors import ServeError
+    from composer.mixture import Composite
+
+    try:
+        Composite.open(run.composite.resolve()).verify(run.store)
+    except ServeError as error:
+        with run.locked():
+            run.begin_again()
+        click.echo(f"note: {str(error).removesuffix('; run the recipe again')}; composing it again", err=True)
 
 
 def _advance(run: Run, context: "ComposeContext", progress: "Progress", *, answer: Any) -> dict[str, Any] | None:

@@ -63,10 +63,10 @@ def _served(run: str, overrides: tuple[str, ...], *, code: bool) -> "tuple[Path,
 
 
 def serve_until_stopped(server: "Server", *, quiet: bool = False) -> None:
-    """Say where the composite answers, and wait for Ctrl-C or SIGTERM.
+    """Say where the composite answers, and wait for Ctrl-C or SIGTERM; what happens to engines is said as it happens.
 
     Raises:
-        ServeError: if an engine dies.
+        ServeError: if no engine is left.
     """
     endpoint = server.endpoint
     if not quiet:
@@ -77,7 +77,11 @@ def serve_until_stopped(server: "Server", *, quiet: bool = False) -> None:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+    told = 0
     while not stopped.wait(1.0):
-        dead = server.dead_engines()
-        if dead:
-            raise ServeError(f"the engine of expert '{dead[0]}' died; its log is {server.supervisor.logs}")
+        notes = server.supervisor.notes
+        for note in notes[told:]:
+            click.echo(f"note: {note}", err=True)
+        told = len(notes)
+        if set(server.supervisor.states().values()) == {"failed"}:
+            raise ServeError(f"no engine is left; their logs are in {server.supervisor.logs}")

@@ -17,7 +17,7 @@ def command(run: str, as_json: bool) -> None:
         events = found.events()
         stage = events[-1]["stage"] if events else "start"
         raise RecipeError(f"{found.name} is not finished (it stopped in '{stage}'); 'model-composer run' carries on")
-    from composer.cli.tables import print_evidence
+    from composer.cli.tables import print_cost, print_evidence
     from composer.report.record import RunRecord
 
     record = RunRecord.load(found.path / "report.json")
@@ -29,4 +29,5 @@ def command(run: str, as_json: bool) -> None:
         click.echo(f"expert {expert.id}: {expert.reason}")
     for model, reason in record.composite.left_out.items():
         click.echo(f"left out {model}: {reason}")
+    print_cost(record.cost, record.seconds, record.scoring)
     click.echo(f"report: {found.path / 'report.html'}")

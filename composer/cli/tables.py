@@ -7,6 +7,7 @@ from rich.text import Text
 
 from composer.clustering import Cluster
 from composer.evaluation.evidence import Evidence
+from composer.merging.cost import SearchCost
 from composer.merging.operators import Operator
 from composer.merging.plan import Advice
 from composer.mixture.composite import Composite
@@ -205,7 +206,7 @@ def print_clusters(matrix: SimilarityMatrix, clusters: tuple[Cluster, ...], skip
 
 
 def print_evidence(evidence: Evidence) -> None:
-    """Print the composite against every model it came from."""
+    """Print the composite against every model it came from, and apart from them against what needs no search."""
     tasks = [task.task for task in evidence.subjects[0].scores.tasks]
     table = Table(title="Held-out scores ± standard error", title_justify="left")
     table.add_column("model", no_wrap=True)
@@ -214,7 +215,9 @@ def print_evidence(evidence: Evidence) -> None:
     table.add_column("mean", justify="right")
     table.add_column("composite minus this", justify="right")
     gaps = {one.other: one for one in evidence.differences}
-    for subject in evidence.subjects:
+    for before, subject in zip((None, *evidence.subjects), evidence.subjects, strict=False):
+        if before is not None and before.real and not subject.real:
+            table.add_section()
         gap = gaps.get(subject.scores.subject)
         cells = [f"{task.mean:.3f}\n±{task.standard_error:.3f}" for task in subject.scores.tasks]
         own = subject.role == "composite"
@@ -223,10 +226,35 @@ def print_evidence(evidence: Evidence) -> None:
             *cells,
             f"{subject.scores.mean:.3f}",
             f"{gap.mean:+.3f}\n[{gap.low:+.3f}, {gap.high:+.3f}]".replace("[", r"\[") if gap and not own else "",
-            style="bold" if own else None,
+            style="bold" if own else None if subject.real else "dim",
         )
+    if evidence.by_task:
+        table.add_section()
+        each = [f"{one.mean:+.3f}\n[{one.low:+.3f}, {one.high:+.3f}]".replace("[", r"\[") for one in evidence.by_task]
+        table.add_row(Text(f"composite minus\n{evidence.best_single}"), *each, "", "")
     console.print(table)
-    console.print(evidence.verdict)
+    console.print(Text(evidence.verdict))
+
+
+def print_cost(cost: SearchCost, seconds: dict[str, float], scoring: dict[str, float]) -> None:
+    """Print what a run's search took, and its stages."""
+    table = Table(title="What the search cost", title_justify="left")
+    rows = {
+        "merges tried": f"{cost.tried}",
+        "failed": f"{cost.failed}",
+        "kept": f"{cost.kept}",
+        "proxy items scored": f"{cost.items:,}",
+        "models scored besides": f"{cost.models}",
+        "merging": f"{cost.merge_seconds:.1f} s",
+        "scoring": f"{cost.score_seconds:.1f} s",
+        "written": decimal(cost.written_bytes),
+    }
+    for key in rows:
+        table.add_column(key, justify="right")
+    table.add_row(*rows.values())
+    console.print(table)
+    taken = {**seconds, **{f"scoring {what}": value for what, value in scoring.items()}}
+    console.print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in taken.items()))
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ Here every question is routed on its context alone, so all choices of a question
 expert's own tokenizer cuts context and continuation.
 """
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from composer.progress import Progress, Step, silent
 if TYPE_CHECKING:
     from composer.serving.server import Endpoint
 
+PATIENCE = 300.0
+"""Seconds to wait for an engine that is being started again."""
 TIMEOUT = 600.0
 """Seconds one request may take; a batch of long prompts on a busy CPU takes a while."""
 
@@ -90,17 +93,24 @@ class ExpertModel(TemplateLM):  # type: ignore[misc]
         for request in requests:
             context, settings = request.args
             limit = int(settings.get("max_gen_toks", 256))
-            prompt = self.tok_encode(context)[-(self.max_length - limit) :]
-            stop = settings.get("until") or []
+            until = settings.get("until") or []
+            stop = [until] if isinstance(until, str) else list(until)
             body = {
                 "model": self.name,
-                "prompt": prompt,
+                "prompt": self.prompt(context, self.max_length - limit),
                 "max_tokens": limit,
                 "temperature": settings.get("temperature", 0) if settings.get("do_sample") else 0,
-                "stop": ([stop] if isinstance(stop, str) else list(stop))[:4],
+                "stop": stop[:4],
             }
-            texts.append(_post(self.client, "/v1/completions", body)["choices"][0]["text"])
+            text = _post(self.client, "/v1/completions", body)["choices"][0]["text"]
+            for end in filter(None, stop):  # engines take four at most, and some take none
+                text = text.split(end)[0]
+            texts.append(text)
         return texts
+
+    def prompt(self, context: str, room: int) -> list[int] | str:
+        """Return a context as the engine takes it, at most so many tokens of its end."""
+        return self.tok_encode(context)[-room:]
 
 
 class ComposedModel(LM):  # type: ignore[misc]
@@ -121,7 +131,8 @@ class ComposedModel(LM):  # type: ignore[misc]
             EvaluationError: if the endpoint does not give log-probabilities of prompts.
         """
         super().__init__()
-        self.client = httpx.Client(base_url=endpoint.url, timeout=TIMEOUT, trust_env=False)
+        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        self.client = httpx.Client(base_url=endpoint.url, timeout=TIMEOUT, trust_env=False, headers=headers)
         self.progress = progress
         self.routed: dict[str, Counter[str]] = {}
         """For each task: how many items each expert got."""
@@ -171,7 +182,8 @@ class ComposedModel(LM):  # type: ignore[misc]
                 for place, answer in zip(part, answers, strict=True):
                     results[place] = answer
                 done += len(part)
-                self.progress(Step(stage="evaluate", message="through the endpoint", done=done, total=len(requests)))
+                message = f"{requests[0].task_name} through the endpoint"
+                self.progress(Step(stage="evaluate", message=message, done=done, total=len(requests)))
         return results
 
     def _route(self, contexts: list[str]) -> list[str]:
@@ -187,6 +199,8 @@ class ComposedModel(LM):  # type: ignore[misc]
 
 def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_size: int, dtype: str | None) -> Any:
     """Return an expert whose likelihoods are computed here, since its engine gives none for prompts."""
+    import torch
+
     from composer.evaluation.in_process import load_model
     from composer.evaluation.live import likelihood_model
 
@@ -197,7 +211,12 @@ def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_s
             self.model = likelihood_model(loaded.model, loaded.tokenizer, batch_size)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return self.model.loglikelihood(requests, disable_tqdm=True)
+            with torch.inference_mode():
+                return self.model.loglikelihood(requests, disable_tqdm=True)
+
+        def prompt(self, context: str, room: int) -> str:
+            tokens = self.tok_encode(context)  # such engines take text only
+            return context if len(tokens) <= room else str(self.tokenizer.decode(tokens[-room:]))
 
     return LocalLikelihoods()
 
@@ -222,10 +241,15 @@ def _likelihood(choice: dict[str, Any], prompt: int, continuation: int, expert: 
 
 
 def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    try:
-        answer = client.post(path, json=body)
-    except httpx.TransportError as error:
-        raise EvaluationError(f"the endpoint {client.base_url} does not answer: {error}") from error
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            answer = client.post(path, json=body)
+        except httpx.TransportError as error:
+            raise EvaluationError(f"the endpoint {client.base_url} does not answer: {error}") from error
+        if answer.status_code not in (429, 503) or time.monotonic() > end:
+            break
+        time.sleep(min(5.0, float(answer.headers.get("retry-after", 1))))  # an engine is being started again
     if answer.status_code != 200:
         raise EvaluationError(f"the endpoint refused {path} ({answer.status_code}): {answer.text[:300]}")
     result: dict[str, Any] = answer.json()

@@ -1,12 +1,15 @@
-"""Evidence: what the composite gained, against every model it came from."""
+"""Evidence: what the composite gained, against every model it came from and against what needs no search."""
 
 from typing import Literal
 
 from composer.evaluation.scores import Scores
 from composer.evaluation.statistics import paired_interval
+from composer.evaluation.verdict import verdict_on
 from composer.value import Value
 
-Role = Literal["composite", "merged", "source", "base"]
+Role = Literal["composite", "merged", "source", "base", "average", "random", "oracle"]
+REFERENCES = ("average", "random", "oracle")
+"""Roles that are there to compare with: nobody serves them, and two of them are no models."""
 
 
 class Subject(Value):
@@ -14,6 +17,11 @@ class Subject(Value):
 
     role: Role
     scores: Scores
+
+    @property
+    def real(self) -> bool:
+        """Whether it is a model of the zoo, or made of it by this run's search."""
+        return self.role not in REFERENCES
 
 
 class Difference(Value):
@@ -25,17 +33,31 @@ class Difference(Value):
     high: float
 
 
+class TaskDifference(Value):
+    """Composite minus another subject on one task, with a 95 % paired bootstrap interval."""
+
+    other: str
+    task: str
+    mean: float
+    low: float
+    high: float
+
+
 class Evidence(Value):
     """Held-out scores of the composite and everything it is compared with."""
 
     split: str
     subjects: tuple[Subject, ...]
-    """The composite first, then the others by falling mean."""
+    """The composite first, then the other models by falling mean, then what there is to compare with beside them."""
     differences: tuple[Difference, ...]
+    by_task: tuple[TaskDifference, ...] = ()
+    """Composite minus the best single model, task by task."""
     best_single: str
     """The source model with the highest held-out mean: the baseline that is hardest to beat."""
     verdict: str
     """The result in words."""
+    notes: tuple[str, ...] = ()
+    """Baselines that are not in the table, with the reason."""
     routing: dict[str, dict[str, int]] = {}
     """For each task: how many held-out items each expert answered."""
     likelihoods: str = "endpoint"
@@ -50,6 +72,7 @@ def weigh_evidence(
     composite: Scores,
     others: list[Subject],
     *,
+    notes: tuple[str, ...] = (),
     routing: dict[str, dict[str, int]] | None = None,
     likelihoods: str = "endpoint",
     seed: int = 0,
@@ -58,39 +81,32 @@ def weigh_evidence(
 
     Args:
         composite: The composite's held-out scores.
-        others: Every source model; merged models and the base where there are any.
+        others: Every source model; merged models, the base and references (`composer.evaluation.baselines`) where
+            there are any.
+        notes: References that are not among them, with the reason.
         routing: How many items each expert answered, by task.
         likelihoods: Where the composite's likelihoods were computed.
         seed: Seed of the bootstrap.
     """
-    ranked = sorted(others, key=lambda subject: -subject.scores.mean)
+    ranked = sorted(others, key=lambda subject: (not subject.real, -subject.scores.mean))
     differences = []
     for subject in ranked:
         mean, low, high = paired_interval(composite, subject.scores, seed=seed)
         differences.append(Difference(other=subject.scores.subject, mean=mean, low=low, high=high))
-    best = next(subject for subject in ranked if subject.role == "source")
-    gap = next(one for one in differences if one.other == best.scores.subject)
-    return Evidence(
+    best = next(subject for subject in ranked if subject.role == "source").scores
+    by_task = []
+    for task in composite.tasks:
+        mean, low, high = paired_interval(composite.on(task.task), best.on(task.task), seed=seed)
+        by_task.append(TaskDifference(other=best.subject, task=task.task, mean=mean, low=low, high=high))
+    evidence = Evidence(
         split=composite.split,
         subjects=(Subject(role="composite", scores=composite), *ranked),
         differences=tuple(differences),
-        best_single=best.scores.subject,
-        verdict=_verdict(composite, best.scores, gap),
+        by_task=tuple(by_task),
+        best_single=best.subject,
+        verdict="",
+        notes=notes,
         routing=routing or {},
         likelihoods=likelihoods,
     )
-
-
-def _verdict(composite: Scores, best: Scores, gap: Difference) -> str:
-    name = best.subject
-    figures = (
-        f"{composite.mean:.3f} against {best.mean:.3f}, difference {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-    )
-    if gap.low > 0:
-        text = f"The composite beats the best single model, {name}: {figures}."
-    elif gap.high < 0:
-        text = f"The composite is worse than the best single model, {name}: {figures}."
-    else:
-        text = f"The composite and the best single model, {name}, cannot be told apart: {figures}."
-    losses = [task.task for task in composite.tasks if task.mean < best.task(task.task).mean]
-    return f"{text} It scores below {name} on {', '.join(losses)}." if losses else text
+    return evidence.model_copy(update={"verdict": verdict_on(evidence)})

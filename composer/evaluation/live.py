@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from composer.errors import EvaluationError
 from composer.evaluation.answers import Answers, task_answers
 from composer.evaluation.scores import Scores, TaskScore
-from composer.evaluation.tasks import FEWSHOT_SEED, Items, Split, task_score
+from composer.evaluation.tasks import FEWSHOT_SEED, Items, Split, shut_in, task_score
 
 TOKENS = 2048
 """Most tokens in one forward pass, padding included; a longer text goes alone."""
@@ -123,8 +123,10 @@ def contexts(items: Items) -> dict[str, str]:
 def _requests(items: Items) -> dict[str, list[Any]]:
     """Return lm-eval's requests for every item, by its hash."""
     task = items.task
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise EvaluationError(f"task '{items.name}' runs generated code or needs more than text; choose another one")
+    if getattr(task, "MULTIMODAL", False) or not shut_in(task):
+        raise EvaluationError(
+            f"task '{items.name}' needs more than text, or runs generated code in no sandbox; choose another one"
+        )
     others = getattr(task, "_instances", None)  # the task may be in use elsewhere
     task.set_fewshot_seed(FEWSHOT_SEED)
     with redirect_stderr(StringIO()):  # lm-eval asks nobody whether to show this bar

@@ -27,5 +27,8 @@ class EvaluateSection(Section):
     """What models are computed in when they are scored in this process; by default float32 on a CPU, the type that
     their weights are stored in on a GPU. bfloat16 takes half the time on CPUs that have instructions for it, and
     rounds what is merged to its 8 bits, whatever `merge.dtype` is."""
+    sandbox: bool = False
+    """Whether tasks may run code that models write. It runs in a sandbox without network, files or rights, which takes
+    Linux with user namespaces; tasks must be written for it."""
     seed: int = 0
     """Seed of the split and of the bootstrap."""

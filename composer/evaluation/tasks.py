@@ -4,6 +4,7 @@ A task that has validation and test splits gives them as proxy and held-out. Whe
 each item falls on one side by a hash of its content, so position and order never matter.
 """
 
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,12 +12,18 @@ from typing import Any
 
 from composer.artefacts import digest
 from composer.errors import EvaluationError, first_line
+from composer.evaluation.sandbox import check, pass_at_1
 from composer.evaluation.scores import Scores, TaskScore
 from composer.evaluation.settings import EvaluateSection
 from composer.registry import nearest
 
 FEWSHOT_SEED = 1234
 """lm-eval's own; unseeded, every model would be shown other examples, and comparisons would not be paired."""
+
+IN_SANDBOX = f"{pass_at_1.__module__}.{pass_at_1.__name__}"
+"""The one metric that may run generated code, as a task's YAML names it."""
+METRIC_KEYS = ("metric", "aggregation", "higher_is_better", "seconds", "memory_mb")
+"""What may stand beside it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Items:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that determines the scores besides the model."""
-        return digest([self.task.dump_config(), self.metric, sorted(self.hashes)])
+        return digest([_described(self.task.dump_config()), self.metric, sorted(self.hashes)])
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def load_split(
     limit: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    sandbox: bool = False,
 ) -> Split:
     """Load one split of some lm-eval tasks; the other split's items are not touched beyond their hashes.
 
@@ -87,9 +95,10 @@ def load_split(
         limit: At most this many items a task, those of the lowest hash.
         seed: Mixed into the hashes.
         dtype: What models are computed in.
+        sandbox: Whether tasks may run generated code, in `composer.evaluation.sandbox` and nowhere else.
 
     Raises:
-        EvaluationError: for unknown tasks, groups, or a split without items.
+        EvaluationError: for unknown tasks, groups, a split without items, or code that may not or cannot run.
     """
     manager = _manager(include, defaults=False) if include else None
     if manager is None or any(name not in manager.all_tasks for name in names):
@@ -99,6 +108,9 @@ def load_split(
         hint = nearest(unknown[0], list(manager.all_tasks))
         where = f" (evaluate.include: {include})" if include else " (evaluate.include names no folder of your own)"
         raise EvaluationError(f"there is no task '{unknown[0]}'{hint}{where}")
+    code = [name for name in names if runs_code(manager, name, allowed=sandbox)]
+    if code:
+        check()
     return Split(split, tuple(_items(manager, name, split, proxy, limit, seed) for name in names), dtype)
 
 
@@ -116,6 +128,7 @@ def split_of(section: EvaluateSection, split: str) -> Split:
         limit=section.proxy_limit if split == "proxy" else section.held_out_limit,
         seed=section.seed,
         dtype=section.dtype,
+        sandbox=section.sandbox,
     )
 
 
@@ -161,11 +174,54 @@ def _items(manager: Any, name: str, split: str, proxy: float, limit: int | None,
     order = sorted(kept, key=lambda item: chosen[item])
     metrics = config.metric_list or []
     metric = metrics[0]["metric"] if metrics else "acc"
+    metric = getattr(metric, "__name__", metric)  # a function of the task's own, or ours
     if not task.higher_is_better().get(metric, True):
         raise EvaluationError(
             f"task '{name}': its first metric, {metric}, is better when lower; put one first that is better higher"
         )
     return Items(task=task, metric=metric, indices=tuple(chosen[item] for item in order), hashes=tuple(order))
+
+
+def runs_code(manager: Any, name: str, *, allowed: bool) -> bool:
+    """Return whether a task runs generated code; found in its description, before any Python of it is imported.
+
+    (Some of lm-eval's own run code as soon as they are imported.)
+
+    Raises:
+        EvaluationError: if it does and may not, or would run it elsewhere than in our sandbox.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = manager.task_index[name].yaml_path
+    described = load_yaml(path, resolve_func=False) if path else {}
+    metrics = [str(one.get("metric")).rpartition("/")[2] for one in described.get("metric_list") or []]
+    if not described.get("unsafe_code") and IN_SANDBOX not in metrics:
+        return False
+    others = [one for one in metrics if one != IN_SANDBOX]
+    if described.get("process_results"):
+        others.append("process_results")
+    if others or not metrics:
+        raise EvaluationError(
+            f"task '{name}' runs generated code by {others[0] if others else 'a metric of its own'}, outside of any "
+            f"sandbox; write it with 'metric: !function {IN_SANDBOX}' alone (docs/evaluation.md), or choose another one"
+        )
+    for key, value in described["metric_list"][0].items():
+        if key not in METRIC_KEYS:
+            raise EvaluationError(f"task '{name}': the metric {IN_SANDBOX} has no '{key}' ({', '.join(METRIC_KEYS)})")
+        if key in ("seconds", "memory_mb") and (type(value) not in (int, float) or value <= 0):
+            raise EvaluationError(f"task '{name}': {key} of the metric is {value!r}; give a number above 0")
+    if not allowed:
+        raise EvaluationError(
+            f"task '{name}' runs code that models write; 'evaluate: {{sandbox: true}}' in the recipe allows that, in a "
+            "sandbox; or choose another one"
+        )
+    return True
+
+
+def shut_in(task: Any) -> bool:
+    """Return whether a loaded task runs no generated code, or in our sandbox only."""
+    metrics = [one["metric"] for one in getattr(task.config, "metric_list", None) or []]
+    return not getattr(task, "UNSAFE_CODE", False) or metrics == [pass_at_1]
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -176,7 +232,10 @@ def _load(manager: Any, name: str) -> Any:
         raise EvaluationError(f"task '{name}' cannot be loaded: {message}") from error
     if len(loaded) != 1:
         raise EvaluationError(f"'{name}' is a group of tasks; list its tasks one by one")
-    return next(iter(loaded.values()))
+    task = next(iter(loaded.values()))
+    if not shut_in(task):
+        raise EvaluationError(f"task '{name}' runs generated code in a way that its YAML does not tell; choose another")
+    return task
 
 
 def _plain(document: Any) -> Any:
@@ -186,6 +245,20 @@ def _plain(document: Any) -> Any:
     if isinstance(document, (list, tuple)):
         return [_plain(value) for value in document]
     return document if isinstance(document, (str, int, float, bool)) or document is None else str(document)
+
+
+def _described(value: Any) -> Any:
+    """Return a task's configuration as JSON-serialisable data, functions by their text."""
+    if isinstance(value, dict):
+        return {key: _described(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(one) for one in value]
+    if not callable(value):
+        return value
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # not every callable has a text
+        return f"{value.__module__}.{value.__qualname__}"
 
 
 def run_tasks(model: Any, split: Split, subject: str) -> Scores:
@@ -201,7 +274,14 @@ def run_tasks(model: Any, split: Split, subject: str) -> Scores:
         task._instances = None  # lm-eval leaves the last model's requests on the task
         task.set_fewshot_seed(FEWSHOT_SEED)
     samples = {items.name: list(items.indices) for items in split.tasks}
-    results = evaluate(lm=model, task_dict=tasks, samples=samples, bootstrap_iters=0, log_samples=True)
+    results = evaluate(
+        lm=model,
+        task_dict=tasks,
+        samples=samples,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=all(map(shut_in, tasks.values())),
+    )
     return Scores(
         subject=subject,
         split=split.name,

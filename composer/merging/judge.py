@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from composer.artefacts import Store
-from composer.errors import DiskFullError, EvaluationError, MergeError
+from composer.artefacts import Store, digest
+from composer.errors import ComposerError, DiskFullError, EvaluationError, MergeError
 from composer.evaluation.in_process import score_checkpoint
 from composer.evaluation.live import LiveScorer
 from composer.evaluation.scores import Scores
@@ -114,6 +114,33 @@ class Judge:
             raise
         except (MergeError, EvaluationError) as error:
             return Measured(scores=None, failure=str(error))
+        return Measured(scores=scores, merge_seconds=merged - began, score_seconds=time.perf_counter() - merged)
+
+    def rate(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, split: str) -> Measured:
+        """Score a merge that is no candidate on a whole split, without writing it; what it scored before is kept.
+
+        Arguments as of `trial`.
+
+        Returns:
+            Its scores, or the reason if it cannot be made or scored.
+        """
+        began = time.perf_counter()
+        try:
+            merge = self.merge(step, inputs, bench)
+            items = self.split(split)
+            known = self.store.path("scores", digest([merge.key, split, items.fingerprint]) + ".json")
+            if known.is_file():
+                return Measured(scores=Scores.load(known).model_copy(update={"subject": step.name}))
+            self._live = self._scorer = None  # two models at a time may be too many
+            live = LiveModel(merge, items.dtype)
+            live.load(merge)
+            merged = time.perf_counter()
+            scores = LiveScorer(live.model, live.tokenizer, items, batch_size=self.evaluate.batch_size).score(step.name)
+        except DiskFullError:
+            raise
+        except ComposerError as error:
+            return Measured(scores=None, failure=str(error))
+        scores.save(known)
         return Measured(scores=scores, merge_seconds=merged - began, score_seconds=time.perf_counter() - merged)
 
     def merge(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench) -> Merge:

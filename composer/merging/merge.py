@@ -16,8 +16,9 @@ def merge_cluster(plan: MergePlan, workbench: Workbench) -> MergeOutcome:
     """
     strategy = STRATEGIES.get(plan.strategy)
     try:
-        return strategy.carry_out(plan, workbench)
+        outcome = strategy.carry_out(plan, workbench)
     except DiskFullError:
         raise
     except MergeError as error:
-        return MergeOutcome(cluster=plan.cluster, result=None, whole=plan.members, failure=str(error))
+        outcome = MergeOutcome(cluster=plan.cluster, result=None, whole=plan.members, failure=str(error))
+    return outcome.model_copy(update={"cost": workbench.cost()})

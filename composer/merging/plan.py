@@ -1,5 +1,6 @@
 """The values of the merge stage: what is planned, what was tried, what came out."""
 
+from composer.merging.cost import SearchCost
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint
 
@@ -134,3 +135,5 @@ class MergeOutcome(Value):
     """The check of the result."""
     failure: str | None = None
     """Why the cluster could not be merged at all."""
+    cost: SearchCost = SearchCost()
+    """What that took."""

@@ -7,12 +7,13 @@ killed goes the same way again, through what is known, to where it was.
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from composer.artefacts import digest
 from composer.errors import MergeError, disk_errors
 from composer.evaluation.scores import Scores, TaskScore
+from composer.merging.cost import SearchCost
 from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
 from composer.merging.judge import Bench, Measured, Portion
 from composer.merging.plan import MergeStep
@@ -95,6 +96,17 @@ class TrialLog:
         )
         with disk_errors(self._path):
             self._base.execute(f"INSERT OR REPLACE INTO trials VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608
+
+    def cost(self, keys: Collection[str]) -> SearchCost:
+        """Return what the candidates of some keys took, as far as they are known."""
+        found = [
+            SearchCost(tried=1, failed=failed, items=items, merge_seconds=merge, score_seconds=score)
+            for key in keys
+            for items, failed, merge, score in self._base.execute(
+                "SELECT items, failure IS NOT NULL, merge_seconds, score_seconds FROM trials WHERE key = ?", (key,)
+            )
+        ]
+        return SearchCost.total(found)
 
     def close(self) -> None:
         """Close the log."""

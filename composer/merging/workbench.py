@@ -9,6 +9,7 @@ from composer.errors import MergeError
 from composer.evaluation.scores import Scores
 from composer.evaluation.statistics import Gain, paired_gain
 from composer.executors import Executor
+from composer.merging.cost import SearchCost
 from composer.merging.judge import Bench, Judge, Measured, Portion
 from composer.merging.plan import Advice, MergeOutcome, MergePlan, MergeStep, Smoke, Trial
 from composer.merging.trials import TrialLog, joined, trial_key, within, without
@@ -67,6 +68,12 @@ class Workbench:
     """Merged checkpoints of this cluster, by the name of their step."""
     smokes: dict[str, Smoke] = field(default_factory=dict)
     """Their checks."""
+    _raced: set[str] = field(default_factory=set)
+    """Keys of all candidates, those that the log knew before too."""
+    _scored: set[str] = field(default_factory=set)
+    """Content hashes of checkpoints that were scored besides."""
+    _written: dict[str, int] = field(default_factory=dict)
+    """Bytes of weights by the path they were written to."""
 
     @property
     def bench(self) -> Bench:
@@ -89,6 +96,7 @@ class Workbench:
         calls = [(self.checkpoint(name),) for name in names]
         for name, scores in zip(names, self.executor.map("score", calls), strict=True):
             found[name] = scores
+            self._scored.add(self.checkpoint(name).content_hash)
             message = f"{name}: {scores.mean:.4f} on the proxy split"
             self.progress(Step(stage="merge", message=message, done=len(found), total=len(names)))
         return found
@@ -106,6 +114,7 @@ class Workbench:
             message: What is going on, for the progress bar.
         """
         known = [self.log.get(self._key(step)) for step in steps]
+        self._raced |= {self._key(step) for step in steps}
         alive = [index for index, one in enumerate(known) if one is None or one.failure is None]
         reached: dict[int, Scores] = {}
         for share in self._shares():
@@ -160,6 +169,7 @@ class Workbench:
         """
         self.progress(Step(stage="merge", message=f"writing {step.name}: {step.operator}({', '.join(step.inputs)})"))
         [(kept, smoke)] = self.executor.map("keep", [(step, self.inputs(step), self.bench, step.name)])
+        self._written[kept.path] = kept.size_bytes
         if smoke.problem:
             raise MergeError(f"merge '{step.name}': {smoke.problem}")
         self.made[step.name], self.smokes[step.name] = kept, smoke
@@ -199,6 +209,12 @@ class Workbench:
             weights=weights or {},
             smoke=self.smokes[result.name] if result else None,
         )
+
+    def cost(self) -> SearchCost:
+        """Return what was spent here so far."""
+        spent = self.log.cost(self._raced)
+        written = {"kept": len(self._written), "written_bytes": sum(self._written.values())}
+        return spent.model_copy(update={"models": len(self._scored), **written})
 
     def pays(self, gain: Gain) -> bool:
         """Return whether a gain is enough for a merge to be kept."""

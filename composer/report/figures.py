@@ -15,7 +15,7 @@ mpl.rcParams["svg.hashsalt"] = "model-composer"  # the same report for the same 
 mpl.rcParams["font.size"] = 9
 mpl.rcParams["svg.fonttype"] = "none"
 
-INK, COMPOSITE, OTHER = "#1f2933", "#0b7285", "#adb5bd"
+INK, COMPOSITE, OTHER, REFERENCE = "#1f2933", "#0b7285", "#adb5bd", "#e9ecef"
 
 
 CLOSEST = 1e-7
@@ -115,8 +115,9 @@ def scores_plot(evidence: Evidence) -> str:
     figure = Figure(figsize=(8.2, 0.9 + 0.33 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
     names = [subject.scores.subject for subject in rows]
-    colours = [COMPOSITE if subject.role == "composite" else OTHER for subject in rows]
-    left.barh(names, [subject.scores.mean for subject in rows], color=colours)
+    colours = [COMPOSITE if one.role == "composite" else OTHER if one.real else REFERENCE for one in rows]
+    edges = ["none" if one.real else OTHER for one in rows]
+    left.barh(names, [subject.scores.mean for subject in rows], color=colours, edgecolor=edges)
     left.set_xlabel("mean over tasks, held-out items")
     left.invert_yaxis()
     gaps = {one.other: one for one in evidence.differences}
@@ -133,7 +134,7 @@ def scores_plot(evidence: Evidence) -> str:
                 markersize=4,
             )
     right.axvline(0, color=INK, linewidth=0.8)
-    right.set_xlabel("composite minus this model (95 % paired interval)")
+    right.set_xlabel("composite minus this (95 % paired interval)")
     return _svg(figure, "Scores of the composite and its sources")
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from composer.clustering import Join
 from composer.evaluation import Evidence
+from composer.merging.cost import SearchCost
 from composer.merging.plan import MergeOutcome
 from composer.mixture import Composite
 from composer.planning import Plan
@@ -29,3 +30,7 @@ class RunRecord(Value):
     evidence: Evidence
     seconds: dict[str, float]
     """Duration of each stage."""
+    cost: SearchCost = SearchCost()
+    """What the search for merges took; each outcome has its own share."""
+    scoring: dict[str, float] = {}
+    """Seconds that scoring held-out items took, by what was scored."""

@@ -22,6 +22,8 @@ def write_report(record: RunRecord, directory: Path) -> Path:
         tasks=[task.task for task in record.evidence.subjects[0].scores.tasks],
         best=_best_by_task(record),
         gaps={one.other: one for one in record.evidence.differences},
+        by_task=record.evidence.by_task,
+        costs={**{one.cluster: one.cost for one in record.outcomes}, "all": record.cost},
     )
     return write_text(directory / "report.html", page)
 
@@ -58,8 +60,8 @@ def _template(name: str) -> Template:
 
 
 def _best_by_task(record: RunRecord) -> dict[str, float]:
-    """Return the highest score of each task, to be set in bold."""
-    subjects = record.evidence.subjects
+    """Return the highest score that a model has on each task, to be set in bold."""
+    subjects = [subject for subject in record.evidence.subjects if subject.real]
     return {
         task.task: max(subject.scores.task(task.task).mean for subject in subjects) for task in subjects[0].scores.tasks
     }

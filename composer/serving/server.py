@@ -1,5 +1,7 @@
 """A composite behind its endpoint: engines, router and gateway, up or down together."""
 
+import ipaddress
+import resource
 import socket
 import threading
 import time
@@ -8,12 +10,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
+from pydantic import Field
 
 from composer.artefacts import Store
 from composer.errors import ServeError
 from composer.mixture import Composite, load_router
 from composer.progress import Progress, Step, silent
-from composer.serving.gateway import EngineAddress, create_app
+from composer.runs import runs_root
+from composer.serving.door import impatient
+from composer.serving.gateway import create_app
+from composer.serving.keys import KeyFile
 from composer.serving.settings import ServeSection
 from composer.serving.supervisor import Supervisor
 from composer.value import Value
@@ -34,6 +40,8 @@ class Endpoint(Value):
     """Why an engine is not the usual one."""
     scores_prompts: bool
     """Whether every engine gives log-probabilities of prompts."""
+    key: str = Field(default="", exclude=True, repr=False)
+    """What opens it to its own process, where it asks for keys; never written down."""
 
 
 class Server:
@@ -78,27 +86,30 @@ class Server:
         """Start everything and wait until it answers.
 
         Raises:
-            ServeError: if the port is taken, an expert has changed, or an engine cannot be started.
+            ServeError: if the port is taken, API keys are missing, an expert has changed, or an engine cannot start.
         """
         try:
+            keys = self._keys()
             self._socket = _listen(self.section.host, self.section.port)
             if self.store is not None:
                 self.composite.verify(self.store)
             self.supervisor.start()
             self.progress(Step(stage="serve", message="loading the router"))
-            self._start_gateway(self._socket)
+            self._start_gateway(self._socket, keys)
         except BaseException:
             self.stop()
             raise
         host, port = self._socket.getsockname()[:2]
-        engines = self.supervisor.engines
+        supervisor, names = self.supervisor, [expert.id for expert in self.composite.experts]
+        places = [engine.place for engine in supervisor.engines]
         self.endpoint = Endpoint(
             url=f"http://{_reachable(host)}:{port}",
             model=self.composite.name,
-            engines={name: engine.kind.name for name, engine in engines.items()},
-            max_model_len={name: engine.max_model_len for name, engine in engines.items()},
-            notes=tuple(f"{name}: {engine.note}" for name, engine in engines.items() if engine.note),
-            scores_prompts=all(engine.kind.scores_prompts for engine in engines.values()),
+            engines={name: supervisor.kind(name) for name in names},
+            max_model_len={name: supervisor.max_model_len(name) for name in names},
+            notes=tuple(f"{place.name}: {place.note}" for place in places if place.note),
+            scores_prompts=all(supervisor.scores_prompts(name) for name in names),
+            key=keys.own if keys else "",
         )
         return self
 
@@ -108,30 +119,74 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the gateway, then the engines."""
+        """Stop taking requests, let answers that have begun come to their end, then stop the engines."""
         if self._gateway is not None and self._thread is not None:
             self._gateway.should_exit = True
-            self._thread.join(timeout=15)
+            self._thread.join(timeout=self.section.drain_seconds + 15)
         self.supervisor.stop()
         if self._socket is not None:
             self._socket.close()
 
-    def dead_engines(self) -> list[str]:
-        """Return the experts whose engines have died."""
-        return [name for name, engine in self.supervisor.engines.items() if not engine.alive]
+    def _keys(self) -> KeyFile | None:
+        """Return who may ask; None for everybody on this machine.
 
-    def _start_gateway(self, listener: socket.socket) -> None:
-        addresses = {name: EngineAddress(engine.url, engine.model) for name, engine in self.supervisor.engines.items()}
-        app: Any = create_app(self.composite, load_router(self.directory), addresses)
-        self._gateway = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+        Raises:
+            ServeError: if it would listen to others and nobody has a key.
+        """
+        if is_loopback(self.section.host) and not self.section.require_key:
+            return None
+        path = keys_file(self.section)
+        keys = KeyFile(path)
+        if not keys.ring.keys:
+            raise ServeError(
+                f"listening on {self.section.host} needs an API key, and {path} holds none; make one with "
+                "'model-composer keys add NAME'"
+            )
+        return keys
+
+    def _start_gateway(self, listener: socket.socket, keys: KeyFile | None) -> None:
+        _raise_file_limit()
+        router = load_router(self.directory)
+        loopback = is_loopback(self.section.host)
+        door, gateway = create_app(self.composite, router, self.supervisor, self.section, keys=keys, loopback=loopback)
+        self.supervisor.room = gateway.room
+        app: Any = door
+        config = uvicorn.Config(
+            app,
+            http=impatient(self.section.limits.read_seconds),
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(self.section.drain_seconds)),
         )
+        self._gateway = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._gateway.run, args=([listener],), daemon=True)
         self._thread.start()
         while not self._gateway.started:
             if not self._thread.is_alive():
                 raise ServeError("the gateway did not start")
             time.sleep(0.02)
+
+
+def keys_file(section: ServeSection) -> Path:
+    """Return the file of API keys."""
+    return Path(section.keys) if section.keys else runs_root() / "keys.json"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system does: each request takes two, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -144,7 +199,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(128)
+        listener.listen(2048)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)

@@ -125,7 +125,8 @@ def _kernel(labels: Sequence[str], contexts: "Array", others: Sequence[str], oth
         np.equal.outer(np.array(own, dtype=object), np.array(other, dtype=object)).astype(float)
         for own, other in ((labels, others), ([one.split()[0] for one in labels], [one.split()[0] for one in others]))
     )
-    return PRIOR * (contexts @ other_contexts.T + arms + operators)
+    found: Array = PRIOR * (contexts @ other_contexts.T + arms + operators)
+    return found
 
 
 def context_of(features: Sequence["Array"]) -> "Array":

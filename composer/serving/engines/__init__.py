@@ -1,7 +1,8 @@
-"""Engines: existing servers that speak the OpenAI API, one process per expert."""
+"""Engines: existing servers that speak the OpenAI API; one process serves one expert, or several that can share it."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.registry import Registry
 
@@ -20,6 +21,28 @@ class EngineSettings:
     threads: int
     share: float
     """The part of a GPU's memory it may take, 0..1."""
+    gpus: tuple[int, ...] = ()
+    """The GPUs it runs on; empty on a CPU."""
+    sleeps: bool = False
+    """Whether it takes turns with others on its GPU."""
+    secret: str = ""
+    """What a request must bring as a bearer token, where the engine can ask for one."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where and how an expert is asked."""
+
+    url: str
+    """Base address of its engine's API, with "/v1"."""
+    model: str
+    """What the engine calls it."""
+    body: Mapping[str, Any] = field(default_factory=dict)
+    """Added to each request."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with each request."""
+    engine: str = ""
+    """The engine's name, which experts that share it have in common."""
 
 
 class EngineKind(Protocol):
@@ -28,6 +51,8 @@ class EngineKind(Protocol):
     name: str
     scores_prompts: bool
     """Whether `echo` with `logprobs` gives the log-probabilities of a prompt's tokens."""
+    overhead: int
+    """Bytes of RAM an engine takes beside weights and key-value cache."""
 
     def missing(self) -> str | None:
         """Return what is not installed and how to get it, or None."""

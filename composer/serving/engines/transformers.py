@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 from composer.mixture.classes import CLASSES
 from composer.serving.engines import EngineSettings
+from composer.serving.engines.machine import visible_gpus
 from composer.zoo.checkpoint import Checkpoint
 
 
@@ -13,6 +14,7 @@ class TransformersEngine:
 
     name = "transformers"
     scores_prompts = False
+    overhead = 600 << 20
 
     def missing(self) -> str | None:
         """Return what is not installed; transformers itself always is."""
@@ -37,7 +39,8 @@ class TransformersEngine:
 
     def environment(self, settings: EngineSettings) -> dict[str, str]:
         """Return settings that keep it off the network and off other engines' cores."""
-        return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(settings.threads)}
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(settings.threads)}
+        return environment | visible_gpus(settings)
 
 
 engine = TransformersEngine()

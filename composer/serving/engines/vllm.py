@@ -7,7 +7,7 @@ from pathlib import Path
 
 from composer.mixture.classes import CLASSES
 from composer.serving.engines import EngineSettings
-from composer.serving.engines.machine import has_gpu
+from composer.serving.engines.machine import has_gpu, visible_gpus
 from composer.zoo.checkpoint import Checkpoint
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -26,6 +26,7 @@ class VllmEngine:
 
     name = "vllm"
     scores_prompts = True
+    overhead = 900 << 20
 
     def missing(self) -> str | None:
         """Return how to install vLLM if it is not there."""
@@ -64,6 +65,10 @@ class VllmEngine:
             command += ["--chat-template", str(PLAIN_TEMPLATE)]
         if has_gpu():
             command += ["--gpu-memory-utilization", f"{settings.share:.3f}"]
+            if len(settings.gpus) > 1:
+                command += ["--tensor-parallel-size", str(len(settings.gpus))]
+            if settings.sleeps:
+                command += ["--enable-sleep-mode"]
         else:
             command += ["--enforce-eager", "--kv-cache-memory-bytes", str(settings.kv_cache_mb << 20)]
             command += ["--max-num-seqs", "32"]
@@ -76,7 +81,13 @@ class VllmEngine:
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": str(settings.threads),
+            **visible_gpus(settings),
         }
+        if settings.secret:
+            # In the environment, since anybody on this machine can read command lines.
+            environment["VLLM_API_KEY"] = settings.secret
+        if settings.sleeps:
+            environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /sleep and /wake_up
         if not has_gpu():
             environment |= {
                 # Several engines with automatic binding may sit on one core.

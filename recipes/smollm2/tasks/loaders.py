@@ -41,8 +41,17 @@ def agnews(**_: Any) -> DatasetDict:
 
 def arc_easy(**_: Any) -> DatasetDict:
     """ARC-Easy with open answers: the text of the right choice against the others."""
+    return _choices("arc_easy_test")
+
+
+def openbookqa(**_: Any) -> DatasetDict:
+    """OpenBookQA, in the same form."""
+    return _choices("openbookqa_test")
+
+
+def _choices(name: str) -> DatasetDict:
     rows = []
-    for row in _rows("arc_easy_test"):
+    for row in _rows(name):
         question, _, rest = row["instruction"].partition("\n\n")
         question = question.removeprefix("Please choose the correct answer to the question: ").strip()
         listed = rest.partition("\n\n")[0]
