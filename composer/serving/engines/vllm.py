@@ -10,9 +10,9 @@ from composer.serving.engines import EngineSettings
 from composer.serving.engines.machine import has_gpu, visible_gpus
 from composer.zoo.checkpoint import Checkpoint
 
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Attention head sizes of vLLM's CPU backend (vllm/v1/attention/backends/cpu_attn.py). With another one the
-engine reports that it is ready and dies on the first request."""
+CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Attention head sizes of vLLM's CPU backend (vllm/v1/attention/backends/cpu_attn.py, and 48, for which it has kernels
+too). With another one the engine reports that it is ready and dies on the first request."""
 
 PLAIN_TEMPLATE = Path(__file__).with_name("plain_template.jinja")
 """Joins the messages of a chat, for models that have no chat template of their own."""
