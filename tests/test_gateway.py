@@ -32,7 +32,7 @@ from tests.conftest import children, survivors
 from tests.test_routers import CODE, MATH
 from tests.test_serving import composite_of
 
-LIMITS = Limits(requests=40, body_mb=0.2, read_seconds=4.0, answer_seconds=3.0, sequences=8)
+LIMITS = Limits(requests=40, body_mb=0.2, read_seconds=4.0, answer_seconds=3.0, sequences=16)
 ENGINES.register("stand_in", "tests.stand_in:engine")
 
 
@@ -148,7 +148,7 @@ def test_what_is_too_much_is_refused(server: Server) -> None:
     refusal(httpx.post(url, content=b"{" * 300_000), 413, "larger than 0.2 MB")
     refusal(httpx.post(url, content=(b" " * 10_000 for _ in range(40))), 413, "larger than 0.2 MB")
     refusal(post(server, {"model": "mix", "prompt": "a", "n": 10**9}), 400, "answers in one request")
-    refusal(post(server, {"model": "mix", "prompt": ["a", "b", "c"], "n": 4}), 400, "12 answers", "at most 8")
+    refusal(post(server, {"model": "mix", "prompt": ["a", "b", "c"], "n": 6}), 400, "18 answers", "at most 16")
     refusal(post(server, {"model": "mix", "prompt": "a", "n": "many"}), 400, "'n' must be a whole number")
     refusal(post(server, {"model": "mix", "prompt": MATH[0] + " slow 9"}), 504, "within 3 s")
 

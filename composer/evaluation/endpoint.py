@@ -7,6 +7,7 @@ expert's own tokenizer cuts context and continuation.
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,6 +21,10 @@ from composer.progress import Progress, Step, silent
 if TYPE_CHECKING:
     from composer.serving.server import Endpoint
 
+TOGETHER = 64
+"""Sequences that are asked for at a time, in as many requests as it takes: the engine batches them."""
+SEQUENCES = 16
+"""Prompts of one request, at most."""
 PATIENCE = 300.0
 """Seconds to wait for an engine that is being started again."""
 TIMEOUT = 600.0
@@ -28,6 +33,8 @@ TIMEOUT = 600.0
 
 class ExpertModel(TemplateLM):  # type: ignore[misc]
     """One expert behind the endpoint, cut by its own tokenizer."""
+
+    together = TOGETHER
 
     def __init__(self, expert: Expert, max_length: int, client: httpx.Client, batch_size: int) -> None:
         """Load the expert's tokenizer; weights stay where they are."""
@@ -64,24 +71,28 @@ class ExpertModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool]] = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            # Too long ones lose context on the left, as with lm-eval's own models.
-            prompts = [(context + continuation)[-(self.max_length - 1) :] for _, context, continuation in batch]
-            body = {
-                "model": self.name,
-                "prompt": prompts,
-                "max_tokens": 0,
-                "echo": True,
-                "logprobs": 1,
-                "temperature": 0,
-            }
-            choices = _post(self.client, "/v1/completions", body)["choices"]
-            ordered = sorted(choices, key=lambda choice: choice["index"])
-            for (_, _, continuation), prompt, choice in zip(batch, prompts, ordered, strict=True):
-                results.append(_likelihood(choice, len(prompt), len(continuation), self.name))
-        return results
+        size = min(self.batch_size, SEQUENCES)
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        with ThreadPoolExecutor(max(1, self.together // size)) as pool:
+            return [one for part in pool.map(self._likelihoods, batches) for one in part]
+
+    def _likelihoods(self, batch: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
+        # Too long ones lose context on the left, as with lm-eval's own models.
+        prompts = [(context + continuation)[-(self.max_length - 1) :] for _, context, continuation in batch]
+        body = {
+            "model": self.name,
+            "prompt": prompts,
+            "max_tokens": 0,
+            "echo": True,
+            "logprobs": 1,
+            "temperature": 0,
+        }
+        choices = _post(self.client, "/v1/completions", body)["choices"]
+        ordered = sorted(choices, key=lambda choice: choice["index"])
+        return [
+            _likelihood(choice, len(prompt), len(continuation), self.name)
+            for (_, _, continuation), prompt, choice in zip(batch, prompts, ordered, strict=True)
+        ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Refuse: no task of this kind is scored through a router, which needs a context to decide on."""
@@ -89,24 +100,25 @@ class ExpertModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate greedily, or as a request's own settings say, until one of its stop sequences."""
-        texts = []
-        for request in requests:
-            context, settings = request.args
-            limit = int(settings.get("max_gen_toks", 256))
-            until = settings.get("until") or []
-            stop = [until] if isinstance(until, str) else list(until)
-            body = {
-                "model": self.name,
-                "prompt": self.prompt(context, self.max_length - limit),
-                "max_tokens": limit,
-                "temperature": settings.get("temperature", 0) if settings.get("do_sample") else 0,
-                "stop": stop[:4],
-            }
-            text = _post(self.client, "/v1/completions", body)["choices"][0]["text"]
-            for end in filter(None, stop):  # engines take four at most, and some take none
-                text = text.split(end)[0]
-            texts.append(text)
-        return texts
+        with ThreadPoolExecutor(self.together) as pool:
+            return list(pool.map(self._generate, requests))
+
+    def _generate(self, request: Any) -> str:
+        context, settings = request.args
+        limit = int(settings.get("max_gen_toks", 256))
+        until = settings.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        body = {
+            "model": self.name,
+            "prompt": self.prompt(context, self.max_length - limit),
+            "max_tokens": limit,
+            "temperature": settings.get("temperature", 0) if settings.get("do_sample") else 0,
+            "stop": stop[:4],
+        }
+        text: str = _post(self.client, "/v1/completions", body)["choices"][0]["text"]
+        for end in filter(None, stop):  # engines take four at most, and some take none
+            text = text.split(end)[0]
+        return text
 
     def prompt(self, context: str, room: int) -> list[int] | str:
         """Return a context as the engine takes it, at most so many tokens of its end."""
@@ -205,6 +217,8 @@ def _local_expert(expert: Expert, max_length: int, client: httpx.Client, batch_s
     from composer.evaluation.live import likelihood_model
 
     class LocalLikelihoods(ExpertModel):
+        together = 1  # such engines answer one after another
+
         def __init__(self) -> None:
             super().__init__(expert, max_length, client, batch_size)
             loaded = load_model(expert.checkpoint, batch_size, dtype)

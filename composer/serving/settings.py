@@ -30,7 +30,7 @@ class Limits(Section):
     """How long a client may take to send its request."""
     answer_seconds: float = Field(default=900.0, gt=0)
     """How long an answer may take, the last token included."""
-    sequences: int = Field(default=128, ge=1)
+    sequences: int = Field(default=128, ge=16)
     """Answers of one request: prompts times `n`."""
 
 
