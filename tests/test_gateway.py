@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -373,6 +374,31 @@ class _Broken:
 
     def environment(self, settings: Any) -> dict[str, str]:
         return {}
+
+
+@pytest.mark.parametrize("program", ["import os; os.kill(os.getpid(), 9)", "raise MemoryError('out of memory')"])
+def test_an_engine_that_finds_no_memory_says_what_it_asked_for_and_what_to_change(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    command = [sys.executable, "-c", program]
+    monkeypatch.setattr(ENGINES.get("stand_in"), "command", lambda checkpoint, settings: command, raising=False)
+    with pytest.raises(ServeError) as refused:
+        serve(directory, tmp_path).__enter__()
+    message = str(refused.value)
+    assert "not enough memory: it takes about 0.3 GB" in message
+    assert "float32 and 256 MB key-value cache" in message
+    assert "try serve.colocate=always, serve.dtype=bfloat16" in message
+
+
+def test_an_engine_that_never_gets_ready_is_given_up_in_time(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(ENGINES.get("stand_in"), "command", lambda checkpoint, settings: command, raising=False)
+    before = {one.pid for one in children(os.getpid())}
+    with pytest.raises(ServeError, match=r"was not ready within 1 s; raise serve.start_timeout"):
+        serve(directory, tmp_path, start_timeout=1).__enter__()
+    assert not survivors([one for one in children(os.getpid()) if one.pid not in before])
 
 
 def test_engines_that_do_not_fit_together_take_turns(

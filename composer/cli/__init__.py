@@ -70,7 +70,7 @@ def cli() -> None:
     """Compose a zoo of LLM checkpoints into one better model, without training.
 
     Exit codes: 0 done, 2 recipe or usage, 3 zoo, 4 merge, 5 serving, 6 evaluation, 7 disk full,
-    8 not approved, 9 run is busy, 10 predictor or corpus, 130 interrupted.
+    8 not approved, 9 run is busy, 10 predictor or corpus, 11 router, 130 interrupted.
     """
 
 
