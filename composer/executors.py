@@ -1,7 +1,8 @@
 """Where heavy calls run: in this process, or fanned out over a Ray cluster.
 
-Both run the methods of a worker, an object that is dear to make and keeps models in memory between calls. Results
-come back in the order of the calls, whatever ran where, so what is decided from them does not depend on the executor.
+Both run the methods of a worker, an object that is dear to make and keeps models in memory between calls; if it has a
+`close`, that is called at the end. Results come back in the order of the calls, whatever ran where, so what is decided
+from them does not depend on the executor.
 """
 
 import logging
@@ -18,6 +19,8 @@ Kind = Literal["local", "ray"]
 
 REACH = 10.0
 """Seconds within which a cluster must answer."""
+FAREWELL = 20.0
+"""Seconds that workers on a cluster have to close what they hold."""
 
 
 class Executor(Protocol[W]):
@@ -52,8 +55,9 @@ class LocalExecutor(Generic[W]):
             yield getattr(self._worker, method)(*arguments)
 
     def close(self) -> None:
-        """Forget the worker."""
-        self._worker = None
+        """Close and forget the worker."""
+        worker, self._worker = self._worker, None
+        _close(worker)
 
 
 class _Failure:
@@ -75,6 +79,16 @@ class _Actor(Generic[W]):
             return getattr(self._worker, method)(*arguments)
         except ComposerError as error:
             return _Failure(error)
+
+    def close(self) -> None:
+        """Let the worker close what it holds."""
+        _close(self._worker)
+
+
+def _close(worker: Any) -> None:
+    close = getattr(worker, "close", None)
+    if close is not None:
+        close()
 
 
 class RayExecutor(Generic[W]):
@@ -133,6 +147,9 @@ class RayExecutor(Generic[W]):
 
     def close(self) -> None:
         """Stop the workers, and the cluster if it was started here."""
+        # A worker that is dead or busy has no time for it; its engine ends with its process (serving/guard.py).
+        farewells = [actor.close.remote() for actor in self._actors]
+        self._ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL)
         for actor in self._actors:
             self._ray.kill(actor, no_restart=True)
         if self._ours:

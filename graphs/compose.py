@@ -24,6 +24,7 @@ from composer.errors import NotApprovedError
 from composer.evaluation import Evidence, Subject, weigh_evidence
 from composer.evaluation.baselines import without_a_router
 from composer.evaluation.evidence import Role
+from composer.evaluation.scorer import choose
 from composer.evaluation.served import score_endpoint
 from composer.merging.averages import uniform_averages
 from composer.merging.cost import SearchCost
@@ -146,6 +147,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
         split, probes = session.split("proxy"), session.run.recipe.probes
         with closing(TrialLog(session.run.store.root / "trials.sqlite")) as log:
             zoo = Zoo.load(state["zoo"])
+            models = [*(zoo[name] for name in mine.members), *([zoo.base] if zoo.base else [])]
             workbench = Workbench(
                 zoo=zoo,
                 cluster=mine.cluster,
@@ -155,6 +157,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
                 proxy={items.name: items.hashes for items in split.tasks},
                 fingerprint=split.fingerprint,
                 texts=digest(load_texts(probes.texts, probes.limit, probes.characters)),
+                scorer=choose(session.run.recipe.evaluate, models) if len(mine.members) > 1 else "torch",
                 advise=session.advisor(zoo, progress).advise,
                 memory=session.run.store.root,
                 progress=progress,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,19 @@ def test_tensors_are_swapped_in_as_files_are(
     kind, engine = living
     engine.load(load_file(weights[kind]["mean"] / "model.safetensors"))
     same(engine, fresh[kind, "mean"])
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_leave_nothing_behind(
+    living: tuple[str, LivingEngine], weights: dict[str, dict[str, Path]], fresh: dict[tuple[str, str], Any]
+) -> None:
+    kind, engine = living
+    tensors = load_file(weights[kind]["mean"] / "model.safetensors")
+    engine.load({name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()})
+    tail = encoded(CONTINUATION)
+    assert not any(isfinite(likelihood) for likelihood, _ in engine.score([(encoded(one), tail) for one in CONTEXTS]))
+    engine.swap(weights[kind]["stories"])
+    same(engine, fresh[kind, "stories"])
 
 
 @pytest.mark.slow

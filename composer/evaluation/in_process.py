@@ -7,6 +7,7 @@ from composer.artefacts import Store, digest
 from composer.errors import EvaluationError, first_line
 from composer.evaluation.answers import Answers
 from composer.evaluation.scores import Scores
+from composer.evaluation.settings import Scorer
 from composer.evaluation.tasks import Split
 from composer.zoo import Checkpoint
 
@@ -25,7 +26,7 @@ def score_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, batc
     """
     from composer.evaluation.live import LiveScorer
 
-    known = _known("scores", checkpoint, split, store)
+    known = known_scores(checkpoint, split, store)
     if known.is_file():
         return Scores.load(known).model_copy(update={"subject": checkpoint.id})
     loaded = load_model(checkpoint, batch_size, split.dtype)
@@ -47,13 +48,18 @@ def answer_checkpoint(checkpoint: Checkpoint, split: Split, store: Store, *, bat
     loaded = load_model(checkpoint, batch_size, split.dtype)
     scorer = LiveScorer(loaded.model, loaded.tokenizer, split, batch_size=batch_size)
     scores, answers = scorer.answers(checkpoint.id)
-    scores.save(_known("scores", checkpoint, split, store))
+    scores.save(known_scores(checkpoint, split, store))
     answers.save(known)
     return answers
 
 
-def _known(kind: str, checkpoint: Checkpoint, split: Split, store: Store) -> Path:
-    return store.path(kind, digest([checkpoint.content_hash, split.name, split.fingerprint]) + ".json")
+def known_scores(checkpoint: Checkpoint, split: Split, store: Store, scorer: Scorer = "torch") -> Path:
+    """Return where scores of a checkpoint are kept; those of another scorer differ in their last digits."""
+    return _known("scores", checkpoint, split, store, *([] if scorer == "torch" else [scorer]))
+
+
+def _known(kind: str, checkpoint: Checkpoint, split: Split, store: Store, *more: str) -> Path:
+    return store.path(kind, digest([checkpoint.content_hash, split.name, split.fingerprint, *more]) + ".json")
 
 
 def load_model(checkpoint: Checkpoint, batch_size: int, dtype: str | None = None) -> Any:

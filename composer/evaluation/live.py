@@ -12,35 +12,31 @@ from math import isfinite
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from composer.errors import EvaluationError
 from composer.evaluation.answers import Answers, task_answers
+from composer.evaluation.engine_model import Engine, EngineModel
+from composer.evaluation.lm import Answer, LanguageModel, Pair, Tokenising, Tokens
 from composer.evaluation.scores import Scores, TaskScore
 from composer.evaluation.tasks import FEWSHOT_SEED, Items, Split, shut_in, task_score
 
 TOKENS = 2048
 """Most tokens in one forward pass, padding included; a longer text goes alone."""
 
-Tokens = tuple[int, ...]
-Pair = tuple[Tokens, Tokens]
-"""A context and what follows it."""
-Answer = tuple[float, bool]
-"""The log-likelihood of what follows, and whether greedy decoding would have written it."""
-
 
 class LiveScorer:
     """Scores one living model on one split, again and again; requests are built and tokenised once."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, split: Split, *, batch_size: int = 16) -> None:
+    def __init__(self, model: torch.nn.Module | Engine, tokenizer: Any, split: Split, *, batch_size: int = 16) -> None:
         """Build and tokenise the requests.
 
         Args:
-            model: A causal language model of transformers; its weights are read anew at every call.
+            model: A causal language model of transformers, or one in an engine; it is asked anew at every call.
             tokenizer: Its tokenizer, which is given a padding token if it has none.
             split: The items.
-            batch_size: Most sequences in one forward pass.
+            batch_size: Most sequences in one forward pass; an engine makes its own batches.
 
         Raises:
             EvaluationError: if a task or an item cannot be scored with this model.
@@ -72,8 +68,7 @@ class LiveScorer:
             wanted = set(known if only is None else only.get(items.name, ()))
             chosen.append((items, {item: known[item] for item in items.hashes if item in wanted}))
         requests = [request for _, own in chosen for one in own.values() for request in one]
-        self._lm.model.eval()
-        self._lm._device = self._lm.model.device  # the model may have moved
+        self._lm.settle()
         with torch.inference_mode():
             for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 self._ask(kind, [request for request in requests if request.request_type == kind], subject)
@@ -85,6 +80,18 @@ class LiveScorer:
         scores = self.score(subject)
         found = [task_answers(items, self._requests[items.name], _evaluate) for items in self._split.tasks]
         return scores, Answers(subject=subject, split=self._split.name, tasks=tuple(one for one in found if one))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request and what may be written after it, as far as the model reads."""
+        sizes = [len(context) + len(after) + 1 for context, after in self._pairs.values()]  # an engine writes one more
+        for request in (one for items in self._requests.values() for own in items.values() for one in own):
+            if request.request_type == "loglikelihood":
+                continue
+            settings = request.args[1] if request.request_type == "generate_until" else {"max_gen_toks": 2}
+            room = normalize_gen_kwargs(settings, self._lm.max_gen_toks)["max_gen_toks"]
+            sizes.append(len(self._lm.tok_encode(request.args[0])) + room)
+        return min(max(sizes, default=1), self._lm.max_length)
 
     def _ask(self, kind: str, requests: list[Any], subject: str) -> None:
         """Leave the model's answers in the requests, as many in each as its task wants."""
@@ -101,11 +108,13 @@ class LiveScorer:
             request.resps.append(answer)
 
 
-def likelihood_model(model: torch.nn.Module, tokenizer: Any, batch_size: int) -> Any:
+def likelihood_model(model: torch.nn.Module | Engine, tokenizer: Any, batch_size: int) -> LanguageModel:
     """Return a model that answers lm-eval's requests of likelihoods the way `LiveScorer` does.
 
     lm-eval's own one does not say which tokens are the context, and what is routed by its prompt needs to know.
     """
+    if not isinstance(model, torch.nn.Module):
+        return EngineModel(model, tokenizer)
     return _Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
@@ -152,7 +161,7 @@ def _evaluate(items: Items, chosen: dict[str, list[Any]]) -> TaskScore:
     return task_score(items, rows)
 
 
-class _Model(HFLM):  # type: ignore[misc]
+class _Model(Tokenising):
     """lm-eval's transformers model with another way to compute log-likelihoods."""
 
     def __init__(self, **options: Any) -> None:
@@ -162,27 +171,10 @@ class _Model(HFLM):  # type: ignore[misc]
         self.chooses = "Tensor" in str(getattr(self.accepts.get("logits_to_keep"), "annotation", ""))
         """Whether the model computes logits of chosen positions."""
 
-    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
-        self.tokenizer = tokenizer  # lm-eval refuses as objects some kinds that it loads itself, Mistral's for one
-
-    def pair(self, task: str, context: str, continuation: str) -> Pair:
-        """Tokenise as `TemplateLM.loglikelihood` does."""
-        if context:
-            before, after = self._encode_pair(context, continuation)
-        else:
-            after = self.tok_encode(continuation, add_special_tokens=False)
-            before = [self.prefix_token_id]
-            if after[:1] == before:
-                after = after[1:]
-        if not before or not 0 < len(after) <= self.max_length:
-            raise EvaluationError(
-                f"task '{task}': {continuation[:40]!r}, {len(after)} tokens after {len(before)}, "
-                f"cannot be scored by a model that reads {self.max_length}"
-            )
-        return tuple(before), tuple(after)
-
-    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[Answer]:
-        return self.answers([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+    def settle(self) -> None:
+        """Take the model as it is now: it may have moved, or been left in training."""
+        self.model.eval()
+        self._device = self.model.device
 
     def answers(self, pairs: list[Pair]) -> list[Answer]:
         """Answer pairs: those that have their context in common together, all others one by one."""

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from composer.settings import PathText, Section
 
+Scorer = Literal["torch", "vllm"]
+"""What runs the models that are scored."""
+
 
 class EvaluateSection(Section):
     """The tasks that judge the composition."""
@@ -27,6 +30,10 @@ class EvaluateSection(Section):
     """What models are computed in when they are scored in this process; by default float32 on a CPU, the type that
     their weights are stored in on a GPU. bfloat16 takes half the time on CPUs that have instructions for it, and
     rounds what is merged to its 8 bits, whatever `merge.dtype` is."""
+    scorer: Literal["auto", Scorer] = "auto"
+    """What candidates of a merge search, and the models they are compared with there, are scored by: `torch` in this
+    process, or `vllm`, one engine whose weights are exchanged. `auto` takes vLLM where it is installed, knows the model
+    and has a GPU; on CPUs it generates faster, but scores choices slower. Everything else is scored by torch."""
     sandbox: bool = False
     """Whether tasks may run code that models write. It runs in a sandbox without network, files or rights, which takes
     Linux with user namespaces; tasks must be written for it."""

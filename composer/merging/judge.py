@@ -3,6 +3,8 @@
 One judge lives in each worker process and keeps what is dear: mapped inputs, masks, the model, tokenised items.
 """
 
+import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,16 +12,17 @@ from pathlib import Path
 
 from composer.artefacts import Store, digest
 from composer.errors import ComposerError, DiskFullError, EvaluationError, MergeError
-from composer.evaluation.in_process import score_checkpoint
+from composer.evaluation.in_process import known_scores, score_checkpoint
 from composer.evaluation.live import LiveScorer
 from composer.evaluation.scores import Scores
-from composer.evaluation.settings import EvaluateSection
+from composer.evaluation.settings import EvaluateSection, Scorer
 from composer.evaluation.tasks import Split, part_of, split_of
 from composer.merging.engine.closeness import closeness
 from composer.merging.engine.export import export
 from composer.merging.engine.live import LiveModel, shape_of
 from composer.merging.engine.merge import Merge
 from composer.merging.engine.shelf import MappedStatistics, Shelf
+from composer.merging.engine.swapped import SwappedModel
 from composer.merging.plan import MergeStep, Smoke
 from composer.merging.smoke import smoke_check
 from composer.probes import ProbesSection, load_texts, record_fisher, record_grams
@@ -39,6 +42,8 @@ class Bench(Value):
     tokenizer: str = "union"
     texts: str | None = None
     """Hash of the probe texts."""
+    scorer: Scorer = "torch"
+    """What scores candidates."""
 
 
 class Measured(Value):
@@ -65,6 +70,7 @@ class Judge:
     _shelf: Shelf = field(init=False)
     _live: LiveModel | None = None
     _scorer: LiveScorer | None = None
+    _swapped: SwappedModel | None = None
 
     def __post_init__(self) -> None:
         self.store = Store(self.root)
@@ -77,13 +83,20 @@ class Judge:
             self.splits[name] = part_of(whole, *self.share) if name == "proxy" and self.share != (0, 1) else whole
         return self.splits[name]
 
-    def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
-        """Score a checkpoint, or return what it scored before.
+    def score(self, checkpoint: Checkpoint, split: str = "proxy", scorer: Scorer = "torch") -> Scores:
+        """Score a checkpoint, or return what it scored before; by vLLM on the proxy split only.
 
         Raises:
             EvaluationError: if it cannot be loaded.
+            ServeError: if a vLLM engine dies or cannot take it.
         """
-        return score_checkpoint(checkpoint, self.split(split), self.store, batch_size=self.evaluate.batch_size)
+        items = self.split(split)
+        if scorer == "torch":
+            return score_checkpoint(checkpoint, items, self.store, batch_size=self.evaluate.batch_size)
+        known = known_scores(checkpoint, items, self.store, scorer)
+        if not known.is_file():
+            self._engine().take(checkpoint).score(checkpoint.id).save(known)
+        return Scores.load(known).model_copy(update={"subject": checkpoint.id})
 
     def observe(self, checkpoint: Checkpoint) -> None:
         """Keep what a predictor compares a model by; see `composer.simmerge.signals.observe`."""
@@ -102,12 +115,15 @@ class Judge:
 
         Returns:
             Its scores; or the reason if it cannot be made or gives no finite numbers.
+
+        Raises:
+            DiskFullError: if there is no room.
+            ServeError: if a vLLM engine dies or cannot take the model.
         """
         began = time.perf_counter()
         try:
             merge = self.merge(step, inputs, bench)
-            model, scorer = self._model(merge)
-            model.load(merge)
+            scorer = self._load(merge, bench.scorer)
             merged = time.perf_counter()
             scores = scorer.score(step.name, portion)
         except DiskFullError:
@@ -131,7 +147,7 @@ class Judge:
             known = self.store.path("scores", digest([merge.key, split, items.fingerprint]) + ".json")
             if known.is_file():
                 return Measured(scores=Scores.load(known).model_copy(update={"subject": step.name}))
-            self._live = self._scorer = None  # two models at a time may be too many
+            self.close()  # two models at a time may be too many
             live = LiveModel(merge, items.dtype)
             live.load(merge)
             merged = time.perf_counter()
@@ -149,7 +165,7 @@ class Judge:
         Raises:
             MergeError: if the operator does not fit them.
         """
-        options = bench.model_dump(exclude={"base"})
+        options = bench.model_dump(exclude={"base", "scorer"})
         return Merge(step, inputs, bench.base, self._shelf, **options)
 
     def keep(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, name: str) -> tuple[Checkpoint, Smoke]:
@@ -169,9 +185,31 @@ class Judge:
         base = bench.base
         return closeness(self.merge(step, inputs, bench), others, base, self._shelf)
 
+    def close(self) -> None:
+        """Let go of models and engines; what is asked for next makes its own."""
+        self._live = self._scorer = None
+        if self._swapped is not None:
+            self._swapped.close()
+            self._swapped = None
+
+    def _load(self, merge: Merge, scorer: Scorer) -> LiveScorer:
+        """Merge into what is kept for that; return what scores it."""
+        if scorer == "vllm":
+            return self._engine().load(merge)
+        model, found = self._model(merge)
+        model.load(merge)
+        return found
+
+    def _engine(self) -> SwappedModel:
+        if self._swapped is None:
+            self.close()  # two models at a time may be too many
+            log = self.root / f"scorer-{socket.gethostname()}-{os.getpid()}.log"
+            self._swapped = SwappedModel(self.split("proxy"), log)
+        return self._swapped
+
     def _model(self, merge: Merge) -> tuple[LiveModel, LiveScorer]:
         if self._live is None or self._scorer is None or self._live.shape != shape_of(merge):
-            self._live = self._scorer = None  # two at a time may be too many
+            self.close()  # two at a time may be too many
             self._live = LiveModel(merge, self.split("proxy").dtype)
             self._scorer = LiveScorer(
                 self._live.model, self._live.tokenizer, self.split("proxy"), batch_size=self.evaluate.batch_size

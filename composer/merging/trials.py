@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS trials (
 
 
 def trial_key(step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, fingerprint: str) -> str:
-    """Return what a candidate is known by: the merge and the items it is scored on.
+    """Return what a candidate is known by: the merge, the items it is scored on, and what scores it.
 
     Args:
         step: The candidate.
@@ -47,7 +47,8 @@ def trial_key(step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, finge
         return digest(["refused", str(error), [one.content_hash for one in inputs], fingerprint])
     models = [*inputs, *([bench.base] if bench.base is not None and lineage.base else [])]
     tokenizer = bench.tokenizer if vocabularies_differ(models) else None
-    return digest([merge_key(lineage, dtype_of(bench.dtype, inputs), tokenizer), fingerprint])
+    scorer = [] if bench.scorer == "torch" else [bench.scorer]  # others differ in the last digits
+    return digest([merge_key(lineage, dtype_of(bench.dtype, inputs), tokenizer), fingerprint, *scorer])
 
 
 class TrialLog:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from composer.errors import MergeError
 from composer.evaluation.scores import Scores
+from composer.evaluation.settings import Scorer
 from composer.evaluation.statistics import Gain, paired_gain
 from composer.executors import Executor
 from composer.merging.cost import SearchCost
@@ -59,6 +60,8 @@ class Workbench:
     """Hash of the proxy items and their tasks."""
     texts: str | None = None
     """Hash of the probe texts."""
+    scorer: Scorer = "torch"
+    """What scores candidates and what they are compared with; see `composer.evaluation.scorer.choose`."""
     advise: Advise | None = None
     """Predicts merges of some checkpoints, where there is a predictor."""
     memory: Path | None = None
@@ -80,7 +83,7 @@ class Workbench:
         """What every merge of the cluster has in common."""
         section = self.section
         shared = {"dtype": section.dtype, "seed": section.seed, "tokenizer": section.tokenizer}
-        return Bench(base=self.zoo.base, texts=self.texts, **shared)
+        return Bench(base=self.zoo.base, texts=self.texts, scorer=self.scorer, **shared)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Return a member of the zoo or a merge made before."""
@@ -93,7 +96,7 @@ class Workbench:
     def scores(self, names: Sequence[str]) -> dict[str, Scores]:
         """Score members or merges made before on the proxy split."""
         found = {}
-        calls = [(self.checkpoint(name),) for name in names]
+        calls = [(self.checkpoint(name), "proxy", self.scorer) for name in names]
         for name, scores in zip(names, self.executor.map("score", calls), strict=True):
             found[name] = scores
             self._scored.add(self.checkpoint(name).content_hash)

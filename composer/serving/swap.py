@@ -3,6 +3,7 @@
 Door: `LivingEngine`, a context manager. Starting an engine takes many seconds, swapping weights a fraction of one.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +26,15 @@ from composer.zoo.weights import read_headers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from composer.evaluation.live import Answer, Pair, Tokens
+    from composer.evaluation.lm import Answer, Pair, Tokens
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - directories in it are made by tempfile
 """A file system in memory, where there is one."""
+SHARE = 0.7
+"""The part of a GPU's memory that an engine takes; the rest is for what its caller computes meanwhile."""
+_PREFIX = "composer-berth-"
+_YOUNG = 60.0
+"""Seconds in which a new berth may have no holder yet."""
 
 _GUARD = Path(__file__).with_name("guard.py")
 
@@ -66,7 +72,7 @@ class LivingEngine:
         self.log = log
         self.start_timeout = start_timeout
         self.max_model_len: int
-        self._settings = {"dtype": dtype, "max_model_len": max_model_len, "kv_cache_mb": kv_cache_mb}
+        self._settings = {"dtype": dtype, "max_model_len": max_model_len, "kv_cache_mb": kv_cache_mb, "share": SHARE}
         self._shape = _shape(Path(checkpoint.path))
         self._child: _Child | None = None
 
@@ -154,7 +160,14 @@ class LivingEngine:
         Raises:
             ServeError: if the engine fails.
         """
-        return [str(text) for text in self._call("complete", list(prompts), max_tokens, list(stop))]
+        return [str(text) for text, _ in self._call("complete", list(prompts), max_tokens, list(stop))]
+
+    def write(self, prompts: Sequence["Tokens"], max_tokens: int, stop: Sequence[str] = ()) -> list["Tokens"]:
+        """Return the tokens that greedy decoding writes after each prompt, up to those that end it.
+
+        Arguments and errors as of `complete`.
+        """
+        return [tuple(tokens) for _, tokens in self._call("complete", list(prompts), max_tokens, list(stop))]
 
     def _check(self, shape: dict[str, tuple[int, ...]], what: str) -> None:
         for name in sorted(shape.keys() | self._shape.keys()):
@@ -255,9 +268,32 @@ def berth(size: int) -> Iterator[Path]:
     Args:
         size: Bytes that will be written.
     """
-    parent = MEMORY if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 1.1 * size else None
-    with tempfile.TemporaryDirectory(prefix="composer-", dir=parent) as directory:
+    parent = None
+    if os.access(MEMORY, os.W_OK):
+        _clear(MEMORY)
+        parent = MEMORY if shutil.disk_usage(MEMORY).free > 1.1 * size else None
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as directory, _held(Path(directory)):
         yield Path(directory)
+
+
+def _clear(parent: Path) -> None:
+    """Remove berths whose holder was killed: memory has no one else who would ever tidy it up."""
+    for left in parent.glob(_PREFIX + "*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _YOUNG:
+                with _held(left):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold a directory as long as this process lives at most; OSError if somebody else holds it."""
+    place = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(place)
 
 
 def _shape(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -42,7 +42,7 @@ def main(settings: dict[str, Any]) -> None:
 def _engine(settings: dict[str, Any]) -> "LLM":
     from vllm import LLM
 
-    options: dict[str, Any] = {"dtype": settings["dtype"]}
+    options: dict[str, Any] = {"dtype": settings["dtype"], "gpu_memory_utilization": settings["share"]}
     if not has_gpu():
         options = {
             "dtype": "float32" if settings["dtype"] == "auto" else settings["dtype"],
@@ -80,13 +80,15 @@ def _score(engine: "LLM", pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) 
     return answers
 
 
-def _complete(engine: "LLM", prompts: list[tuple[int, ...]], max_tokens: int, stop: list[str]) -> list[str]:
+def _complete(
+    engine: "LLM", prompts: list[tuple[int, ...]], max_tokens: int, stop: list[str]
+) -> list[tuple[str, list[int]]]:
     from vllm import SamplingParams
 
     room = max(1, engine.model_config.max_model_len - max_tokens)
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop or None)
     outputs = _generate(engine, [prompt[-room:] for prompt in prompts], sampling)
-    return [output.outputs[0].text for output in outputs]
+    return [(output.outputs[0].text, list(output.outputs[0].token_ids)) for output in outputs]
 
 
 def _generate(engine: "LLM", prompts: list[tuple[int, ...]], sampling: Any) -> list[Any]:

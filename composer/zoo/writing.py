@@ -32,12 +32,16 @@ class WeightsWriter:
     Tensors must come in the order of their headers, and each from its first element to its last. Writing and hashing
     are done by a thread of their own while the next blocks are computed.
 
+    What is not `lasting` is neither hashed nor brought to the disk.
+
     Attributes:
-        hashes: sha256 of each file by name, once all is written.
+        hashes: sha256 of each file by name, once all is written; empty strings for what is not lasting.
     """
 
-    def __init__(self, directory: Path, headers: dict[str, TensorHeader], shard_bytes: int = SHARD_BYTES) -> None:
-        self._directory, self._headers = directory, headers
+    def __init__(
+        self, directory: Path, headers: dict[str, TensorHeader], shard_bytes: int = SHARD_BYTES, *, lasting: bool = True
+    ) -> None:
+        self._directory, self._headers, self._lasting = directory, headers, lasting
         self._shards = _shards(headers, shard_bytes)
         self._names = iter(headers)
         self._name: str | None = None
@@ -85,7 +89,7 @@ class WeightsWriter:
             place = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = _HashedFile(self._directory / self._file_name(self._number))
+        self._file = _HashedFile(self._directory / self._file_name(self._number), lasting=self._lasting)
         self._file.write(memoryview(len(text).to_bytes(8, "little") + text))
         self._number = min(self._number + 1, len(self._shards) - 1)
 
@@ -121,28 +125,29 @@ class WeightsWriter:
 
 
 class _HashedFile:
-    """A file that is hashed as it is written."""
+    """A file that is hashed as it is written, if it is to last."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lasting: bool) -> None:
         self.path = path
         self._file = path.open("wb", buffering=0)
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.sha256() if lasting else None
         self._unsynced = 0
 
     def write(self, data: memoryview) -> None:
-        self._hash.update(data)
+        if self._hash is not None:
+            self._hash.update(data)
         done = 0
         while done < len(data):
             done += self._file.write(data[done:]) or 0
         self._unsynced += len(data)
-        if self._unsynced >= SYNC_BYTES:
+        if self._hash is not None and self._unsynced >= SYNC_BYTES:
             os.fdatasync(self._file.fileno())
             self._unsynced = 0
 
     def close(self) -> str:
-        """Close the file and return its sha256."""
+        """Close the file and return its sha256, or nothing if it is not to last."""
         self._file.close()
-        return self._hash.hexdigest()
+        return self._hash.hexdigest() if self._hash is not None else ""
 
 
 def _shards(headers: dict[str, TensorHeader], limit: int) -> list[list[str]]:

@@ -47,9 +47,13 @@ def export(merge: Merge, name: str, store: Store) -> Checkpoint:
     return inspect_checkpoint(name, path, store, trust_remote_code=remote).renamed(name, lineage)
 
 
-def write_model(merge: Merge, directory: Path) -> dict[str, str]:
-    """Write weights, configuration and tokenizer of a merge's result; return the sha256 of each weight file."""
-    with WeightsWriter(directory, {name: slot.header for name, slot in merge.slots.items()}) as writer:
+def write_model(merge: Merge, directory: Path, *, lasting: bool = True) -> dict[str, str]:
+    """Write weights, configuration and tokenizer of a merge's result; return the sha256 of each weight file.
+
+    What is not `lasting` is neither hashed nor brought to the disk.
+    """
+    headers = {name: slot.header for name, slot in merge.slots.items()}
+    with WeightsWriter(directory, headers, lasting=lasting) as writer:
         for name, _, block in merge.blocks():
             writer.write(name, block)
     write_model_description(merge, directory)

@@ -86,7 +86,7 @@ class LiveModel:
         from transformers import AutoModelForCausalLM
 
         with tempfile.TemporaryDirectory(prefix="model-composer-") as home:
-            write_model(merge, Path(home))
+            write_model(merge, Path(home), lasting=False)
             loaded = AutoModelForCausalLM.from_pretrained(home, dtype=self._dtype, trust_remote_code=self._remote)
         self.model.load_state_dict(loaded.state_dict())
 
