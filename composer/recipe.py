@@ -55,6 +55,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_named_is_there(self) -> Self:
+        ids = [entry.id for entry in self.zoo.models]
+        for name in self.cluster.apart:
+            if name not in ids:
+                raise ValueError(f"cluster.apart names '{name}', which is no model{nearest(name, ids)}")
+        for task in self.merge.protect:
+            if task not in self.evaluate.tasks:
+                hint = nearest(task, self.evaluate.tasks)
+                raise ValueError(f"merge.protect names '{task}', which is not among evaluate.tasks{hint}")
+        return self
+
+    @model_validator(mode="after")
     def _fixed_merges_use_known_models(self) -> Self:
         known = [entry.id for entry in self.zoo.models]
         for merge in self.merge.merges:

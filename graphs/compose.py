@@ -171,7 +171,9 @@ def mix(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]
         session.rest()  # the model that merges were tried in
         recipe = session.run.recipe
         outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
-        experts, left_out = choose_experts(Zoo.load(state["zoo"]), outcomes, session.score)
+        experts, left_out = choose_experts(
+            Zoo.load(state["zoo"]), outcomes, session.score, recipe.mixture.max_parameters
+        )
         directory = build_composite(recipe.name, experts, left_out, recipe.mixture, session.run.store, session.known)
         session.run.link_composite(directory)
         return {"composite": str(directory)}
