@@ -186,7 +186,7 @@ def _check_parameters(recipe: Recipe, zoo: Zoo) -> None:
     most, least = recipe.mixture.max_parameters, min(zoo.members, key=lambda one: one.parameters)
     if most is not None and least.parameters > most:
         raise RecipeError(
-            f"mixture.max_parameters: {most:,} is less than the smallest model, '{least.id}', has ({least.parameters:,})"
+            f"mixture.max_parameters: {most:,} is less than the smallest model has, '{least.id}' ({least.parameters:,})"
         )
 
 

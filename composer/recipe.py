@@ -126,6 +126,20 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
     return _validated(_Source(Path.cwd() / "recipe", document, overridden))
 
 
+def checked(document: dict[str, Any]) -> Recipe:
+    """Return the recipe that a plain document stands for; its paths are absolute already.
+
+    Raises:
+        RecipeError: if it is none, worded as for a file but without lines.
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        source = _Source(Path("recipe"), document, set())
+        lines = (source.explain(item, document) for item in error.errors())
+        raise RecipeError("; ".join(line.removeprefix("recipe:1: ") for line in lines)) from None
+
+
 def section_of(kind: type[S], key: str, settings: list[str]) -> S:
     """Return a section of a recipe that has no file: its defaults, with some ``key=value`` settings changed.
 

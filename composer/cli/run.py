@@ -13,7 +13,6 @@ from composer.recipe import load_recipe
 from composer.runs import Run, runs_root
 
 if TYPE_CHECKING:
-    from composer.progress import Progress
     from graphs.state import ComposeContext
 
 
@@ -34,6 +33,7 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
         _tell(run, as_json)
         return
     from composer.cli.progress import progress_bar
+    from graphs.drive import advance
     from graphs.state import ComposeContext
 
     with run.locked():
@@ -41,11 +41,11 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
         context = ComposeContext(run_path=str(run.path), yes=yes, keep_serving=keep_serving)
         try:
             with progress_bar(quiet=as_json) as progress:
-                waiting = _advance(run, context, progress, answer=None)
+                waiting = advance(run, context, progress)
             if waiting is not None:
                 _ask(waiting, context, as_json)
                 with progress_bar(quiet=as_json) as progress:
-                    _advance(run, context, progress, answer=True)
+                    advance(run, context, progress, yes=True)
             _tell(run, as_json)
             if keep_serving:
                 from composer.cli.serve import serve_until_stopped
@@ -55,29 +55,6 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
                 serve_until_stopped(server, quiet=as_json)
         finally:
             context.session.close()
-
-
-def _advance(run: Run, context: "ComposeContext", progress: "Progress", *, answer: Any) -> dict[str, Any] | None:
-    """Run the graph as far as it goes; return the interrupt it waits at, or None at its end."""
-    from langgraph.checkpoint.sqlite import SqliteSaver
-    from langgraph.types import Command
-
-    from composer.progress import Step
-    from graphs.compose import build
-
-    config: Any = {"configurable": {"thread_id": run.name}}
-    with SqliteSaver.from_conn_string(str(run.checkpoints)) as saver:
-        graph = build().compile(checkpointer=saver)
-        state = graph.get_state(config)
-        if state.values and not state.next:
-            return None  # only the endpoint is wanted
-        start: Any = None if state.next else {}
-        if answer is not None:
-            start = Command(resume=answer)
-        for step in graph.stream(start, config, context=context, stream_mode="custom", durability="sync"):
-            progress(Step.model_validate(step))
-        interrupts = graph.get_state(config).interrupts
-        return dict(interrupts[0].value) if interrupts else None
 
 
 def _ask(waiting: dict[str, Any], context: "ComposeContext", as_json: bool) -> None:
