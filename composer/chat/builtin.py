@@ -97,6 +97,9 @@ def _understood(said: str, draft: Draft, shelf: Shelf, bound: dict[str, tuple[st
     if heard.denied:
         text = f"I am not sure what is not to be done in '{said}'; say it without 'not'?"
         return Understood(question=Question(text=text, said=said, join="{answer}"), notes=notes)
+    if heard.skipped and {str(clause.data) for clause in heard.clauses} == {"mention"}:
+        text = f"what is to be done with them? I did not understand {', '.join(map(repr, heard.skipped))}"
+        return Understood(question=Question(text=text, said=said, join="{answer}"))
     listening = _Listening(said, draft, shelf, bound)
     try:
         for clause in heard.clauses:
