@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from composer.settings import Identifier
 from composer.similarity import SignalSection, SimilarityMatrix
 from composer.value import Value
 
@@ -20,6 +21,8 @@ class ClusterSection(SignalSection):
     similar enough, as in Model-GLUE. agglomerative: clusters are joined while their mean similarity is high enough."""
     threshold: float = Field(default=0.95, ge=-1, le=1)
     """The least similarity at which two models belong together; `model-composer cluster --suggest` finds one."""
+    apart: list[Identifier] = []
+    """Ids of models that are merged with nothing, whatever they resemble: they stay whole."""
 
 
 class Cluster(Value):
@@ -81,6 +84,7 @@ def cluster(matrix: SimilarityMatrix, section: ClusterSection) -> tuple[Cluster,
         matrix: From `compare`.
         section: Method and threshold.
     """
+    matrix = _kept_apart(matrix, section)
     if section.method == "leader":
         groups = _leaders(matrix, section.threshold)
     else:
@@ -106,6 +110,7 @@ def joins(matrix: SimilarityMatrix, section: ClusterSection) -> tuple[Join, ...]
     """
     import numpy as np
 
+    matrix = _kept_apart(matrix, section)
     groups: list[tuple[int, ...]] = [(place,) for place in range(len(matrix.ids))]
     # nan where two groups must not meet; it stays nan whatever they join.
     between = np.array([[_similarity(matrix, a[0], b[0]) for b in groups] for a in groups], dtype=float)
@@ -139,6 +144,19 @@ def suggest(matrix: SimilarityMatrix, section: ClusterSection) -> Suggestion:
     return Suggestion(
         threshold=threshold, above=above, below=below if below in levels else None, clusters=len(_groups(matrix, kept))
     )
+
+
+def _kept_apart(matrix: SimilarityMatrix, section: ClusterSection) -> SimilarityMatrix:
+    """Return the matrix with a gate between each model that is to stay whole and all others."""
+    if not section.apart:
+        return matrix
+    gates = {
+        f"{one}|{other}": f"cluster.apart keeps {one} whole"
+        for one in section.apart
+        for other in matrix.ids
+        if one != other and one in matrix.ids
+    }
+    return matrix.model_copy(update={"gates": {**matrix.gates, **gates}})
 
 
 def _similarity(matrix: SimilarityMatrix, first: int, second: int) -> float | None:

@@ -78,6 +78,12 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
 
+class CancelledError(ComposerError):
+    """A run was told to stop; it carries on from there when it is run again."""
+
+    exit_code = INTERRUPTED
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what a library says is wrong, or the error's name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -97,6 +97,7 @@ def make_plan(
     _check_examples(zoo, clusters)
     _check_level(recipe, zoo)
     _check_skipped(recipe, zoo)
+    _check_parameters(recipe, zoo)
     _check_bases(recipe, zoo)
     plans = []
     for cluster in clusters:
@@ -148,6 +149,21 @@ def _check_level(recipe: Recipe, zoo: Zoo) -> None:
 
 
 def _notes(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str, ...]:
+    return (*_size_note(zoo, clusters, recipe), *_example_note(zoo, clusters, recipe))
+
+
+def _size_note(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str, ...]:
+    most, every = recipe.mixture.max_parameters, sum(one.parameters for one in zoo.members)
+    if most is None or every <= most:
+        return ()
+    merged = sum(max(zoo[name].parameters for name in one.members) for one in clusters)
+    return (
+        f"{merged:,} parameters if every cluster becomes one model, {every:,} if no merge pays; at most {most:,} are "
+        "allowed, so experts that score lowest on the proxy items may be left out",
+    )
+
+
+def _example_note(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tuple[str, ...]:
     silent = [one for one in clusters if not any(zoo.examples.get(name) for name in one.members)]
     if not silent or len(clusters) < 2 or recipe.mixture.router.kind in SIMPLE:
         return ()
@@ -164,6 +180,14 @@ def _check_bases(recipe: Recipe, zoo: Zoo) -> None:
     for name in used if section.strategy != "none" else ():
         if OPERATORS.get(name).start == "base" and zoo.base is None:
             raise MergeError(f"operator '{name}' works on task vectors; set zoo.base in the recipe")
+
+
+def _check_parameters(recipe: Recipe, zoo: Zoo) -> None:
+    most, least = recipe.mixture.max_parameters, min(zoo.members, key=lambda one: one.parameters)
+    if most is not None and least.parameters > most:
+        raise RecipeError(
+            f"mixture.max_parameters: {most:,} is less than the smallest model has, '{least.id}' ({least.parameters:,})"
+        )
 
 
 def _check_skipped(recipe: Recipe, zoo: Zoo) -> None:

@@ -55,6 +55,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_named_is_there(self) -> Self:
+        ids = [entry.id for entry in self.zoo.models]
+        for name in self.cluster.apart:
+            if name not in ids:
+                raise ValueError(f"cluster.apart names '{name}', which is no model{nearest(name, ids)}")
+        for task in self.merge.protect:
+            if task not in self.evaluate.tasks:
+                hint = nearest(task, self.evaluate.tasks)
+                raise ValueError(f"merge.protect names '{task}', which is not among evaluate.tasks{hint}")
+        return self
+
+    @model_validator(mode="after")
     def _fixed_merges_use_known_models(self) -> Self:
         known = [entry.id for entry in self.zoo.models]
         for merge in self.merge.merges:
@@ -112,6 +124,20 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
     document = recipe.model_dump(mode="json")
     overridden = {_override(document, setting) for setting in settings}
     return _validated(_Source(Path.cwd() / "recipe", document, overridden))
+
+
+def checked(document: dict[str, Any]) -> Recipe:
+    """Return the recipe that a plain document stands for; its paths are absolute already.
+
+    Raises:
+        RecipeError: if it is none, worded as for a file but without lines.
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        source = _Source(Path("recipe"), document, set())
+        lines = (source.explain(item, document) for item in error.errors())
+        raise RecipeError("; ".join(line.removeprefix("recipe:1: ") for line in lines)) from None
 
 
 def section_of(kind: type[S], key: str, settings: list[str]) -> S:

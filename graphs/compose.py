@@ -20,7 +20,7 @@ from langgraph.types import Send, interrupt
 
 from composer.artefacts import digest
 from composer.clustering import Clusters, cluster, joins
-from composer.errors import NotApprovedError
+from composer.errors import CancelledError, NotApprovedError
 from composer.evaluation import Evidence, Subject, weigh_evidence
 from composer.evaluation.baselines import without_a_router
 from composer.evaluation.evidence import Role
@@ -46,9 +46,12 @@ from graphs.state import BranchState, ComposeContext, ComposeState, Session
 @contextmanager
 def stage(name: str, runtime: Runtime[ComposeContext], **details: str) -> Iterator[Progress]:
     """Log a stage's start, end and duration, and yield what it reports progress to."""
-    write, log = get_stream_writer(), runtime.context.session.run.log
+    session = runtime.context.session
+    write, log = get_stream_writer(), session.run.log
 
     def progress(step: Step) -> None:
+        if session.stopping.is_set():
+            raise CancelledError(f"{session.run.name} was stopped in '{name}'; run it again to carry on from there")
         write(step.model_dump())
 
     log(name, "started", **details)
@@ -174,7 +177,9 @@ def mix(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]
         session.rest()  # the model that merges were tried in
         recipe = session.run.recipe
         outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
-        experts, left_out = choose_experts(Zoo.load(state["zoo"]), outcomes, session.score)
+        experts, left_out = choose_experts(
+            Zoo.load(state["zoo"]), outcomes, session.score, recipe.mixture.max_parameters
+        )
         directory = build_composite(recipe.name, experts, left_out, recipe.mixture, session.run.store, session.known)
         session.run.link_composite(directory)
         return {"composite": str(directory)}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import add
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Annotated, TypedDict
 
 from composer.evaluation.live import contexts
@@ -81,6 +81,8 @@ class Session:
     one_at_a_time: Lock = field(default_factory=Lock)
     """Held by each merge branch: they share the cores and the memory of one machine. (LangGraph's own
     `max_concurrency: 1` blocks itself when custom events are streamed.)"""
+    stopping: Event = field(default_factory=Event)
+    """Set to stop the run at its next sign of life."""
     _splits: dict[str, Split] = field(default_factory=dict)
     _executor: Executor[Judge] | None = None
 
@@ -147,6 +149,13 @@ class Session:
         if self.server is not None:
             self.server.stop()
             self.server = None
+
+
+def stop() -> bool:
+    """Tell all runs of this process to stop; return whether there are any."""
+    for session in _SESSIONS.values():
+        session.stopping.set()
+    return bool(_SESSIONS)
 
 
 _SESSIONS: dict[str, Session] = {}

@@ -238,3 +238,13 @@ def test_cluster_shows_and_draws(cli: Cli, tmp_path: Path) -> None:
     strict = cli("cluster", str(recipe), "zoo.on_error=stop")
     assert strict.returncode == 3
     assert "model 'bad'" in strict.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_kept_apart_is_merged_with_nothing(method: str) -> None:
+    matrix = matrix_of([[], [0.99], [0.99, 0.99]])
+    section = ClusterSection(method=method, apart=["b"])  # type: ignore[arg-type]
+    first, second = cluster(matrix, section)
+    assert (first.members, second.members) == (("a", "c"), ("b",))
+    assert "cluster.apart keeps b whole" in second.reason
+    assert all("b" not in (matrix.ids[i] for i in one.first + one.second) for one in joins(matrix, section))

@@ -54,6 +54,19 @@ def zoo(quick: dict[str, Checkpoint]) -> Zoo:
     return Zoo(members=tuple(quick[name] for name in NAMES), examples=dict.fromkeys(NAMES, MATH))
 
 
+def test_experts_that_score_lowest_are_left_out_until_the_rest_is_small_enough(zoo: Zoo) -> None:
+    math, science, web = NAMES
+    outcome = MergeOutcome(cluster="cluster-1", result=None, whole=NAMES)
+    score = scores_of({math: (0.9, 0.5), science: (0.2, 0.3), web: (0.6, 0.6)})
+    each = zoo[math].parameters
+    experts, left_out = choose_experts(zoo, [outcome], score, 2 * each)
+    assert [one.id for one in experts] == [math, web]
+    assert f"mixture.max_parameters is {2 * each:,}" in left_out[science]
+    assert len(choose_experts(zoo, [outcome], score, 3 * each)[0]) == 3
+    with pytest.raises(RecipeError, match="less than expert 'stories-math' has alone"):
+        choose_experts(zoo, [outcome], score, each - 1)
+
+
 def test_a_rejected_model_stays_only_where_it_is_ahead(zoo: Zoo) -> None:
     math, science, web = NAMES
     merged = zoo[math].renamed("merged-1")

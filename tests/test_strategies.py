@@ -427,3 +427,41 @@ def test_paired_gain_is_the_stratified_mean() -> None:
     assert paired_gain(made(a=[0.0, 0.1]), made(a=[1.0, 1.0])).behind(2.0)
     part = paired_gain(made(a=[1, 1]), made(a=[0, 1, 1, 1], b=[1.0]))
     assert part.mean == pytest.approx(0.5), "only what both were scored on"
+
+
+class OnTwoTasks(Scripted):
+    """A judge of two tasks: merges gain much on t, and lose a little on u against the model that is best there."""
+
+    def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
+        return on_both(checkpoint.id, self.single[checkpoint.id], 0.5 if checkpoint.id == MATH else 0.3)
+
+    def trial(self, step: MergeStep, inputs: object, bench: Bench, portion: Portion | None) -> Measured:
+        return Measured(scores=on_both(str(step.inputs), 0.9, self.merged(step)))
+
+
+def on_both(name: str, t: float, u: float) -> Scores:
+    first, second = scores(name, t).tasks[0], scores(name, u).tasks[0]
+    return Scores(subject=name, split="proxy", tasks=(first, second.model_copy(update={"task": "u"})))
+
+
+@pytest.mark.parametrize("strategy", ["average", "coefficient"])
+@pytest.mark.parametrize("protect", [[], ["u"]])
+def test_a_merge_that_loses_on_a_protected_task_is_not_kept(
+    quick: dict[str, Checkpoint], store: Store, strategy: str, protect: list[str]
+) -> None:
+    judge = OnTwoTasks(store.root, lambda step: 0.4)
+    section = MergeSection(strategy=strategy, protect=protect, early_stopping=False)
+    bench = Workbench(
+        zoo=Zoo(members=tuple(quick[name] for name in (MATH, WEB))),
+        cluster="cluster-1",
+        section=section,
+        executor=LocalExecutor(lambda: judge),
+        log=TrialLog(store.root / "trials.sqlite"),
+        proxy={"t": ITEMS, "u": ITEMS},
+        fingerprint="both",
+    )
+    outcome = merge_cluster(planned(section, (MATH, WEB)), bench)
+    assert (outcome.result is None) == bool(protect)
+    if protect:
+        assert "protected task u would drop by" in outcome.trials[0].reason
+        assert f"below {MATH}" in outcome.trials[0].reason

@@ -18,12 +18,8 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     loaded = load_recipe(recipe, list(overrides))
     from composer.artefacts import Store
     from composer.cli.progress import progress_bar
-    from composer.clustering import cluster
-    from composer.evaluation.tasks import split_of
-    from composer.planning import make_plan
-    from composer.similarity import compare
-    from composer.simmerge import Advisor
-    from composer.zoo import inspect_zoo, missing_downloads
+    from composer.preview import preview
+    from composer.zoo import missing_downloads
 
     downloads = missing_downloads(loaded.zoo)
     if downloads:
@@ -33,21 +29,7 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         tempfile.TemporaryDirectory(prefix="model-composer-") as scratch,
         progress_bar(quiet=as_json) as progress,
     ):
-        store = Store(Path(scratch))
-        proxy = split_of(loaded.evaluate, "proxy")  # what is wrong with a task is told before any weights are read
-        zoo = inspect_zoo(loaded.zoo, store, progress)
-        skip = loaded.zoo.on_error == "skip"
-        matrix = compare(zoo, store, loaded.cluster, loaded.probes, skip_broken=skip, progress=progress)
-        zoo = zoo.without(matrix.skipped)
-        clusters = cluster(matrix, loaded.cluster)
-        plan = make_plan(
-            loaded,
-            zoo,
-            clusters,
-            proxy_items=proxy.size,
-            held_out_items=split_of(loaded.evaluate, "held_out").size,
-            advise=Advisor(zoo.base, proxy, loaded.probes, loaded.merge, store, progress=progress).advise,
-        )
+        plan, zoo = preview(loaded, Store(Path(scratch)), progress)
     if as_json:
         print_json(plan.model_dump(mode="json"))
     else:

@@ -13,7 +13,6 @@ from composer.recipe import load_recipe
 from composer.runs import Run, runs_root
 
 if TYPE_CHECKING:
-    from composer.progress import Progress
     from graphs.state import ComposeContext
 
 
@@ -30,7 +29,11 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
     loaded = load_recipe(recipe, list(overrides))
     os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
     run = Run.of(loaded, runs_root())
-    _look_after(run)
+    from graphs.drive import advance, begin_again_if_gone
+
+    gone = begin_again_if_gone(run)
+    if gone is not None:
+        click.echo(f"note: {gone}; composing it again", err=True)
     if run.finished and not keep_serving:
         _tell(run, as_json)
         return
@@ -42,11 +45,11 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
         context = ComposeContext(run_path=str(run.path), yes=yes, keep_serving=keep_serving)
         try:
             with progress_bar(quiet=as_json) as progress:
-                waiting = _advance(run, context, progress, answer=None)
+                waiting = advance(run, context, progress)
             if waiting is not None:
                 _ask(waiting, context, as_json)
                 with progress_bar(quiet=as_json) as progress:
-                    _advance(run, context, progress, answer=True)
+                    advance(run, context, progress, yes=True)
             _tell(run, as_json)
             if keep_serving:
                 from composer.cli.serve import serve_until_stopped
@@ -56,44 +59,6 @@ def command(recipe: Path, overrides: tuple[str, ...], yes: bool, keep_serving: b
                 serve_until_stopped(server, quiet=as_json)
         finally:
             context.session.close()
-
-
-def _look_after(run: Run) -> None:
-    """Begin a run again whose composite is there no more, or not as it was: what it needs is made anew."""
-    if not run.composite.is_symlink():
-        return
-    from composer.errors import ServeError
-    from composer.mixture import Composite
-
-    try:
-        Composite.open(run.composite.resolve()).verify(run.store)
-    except ServeError as error:
-        with run.locked():
-            run.begin_again()
-        click.echo(f"note: {str(error).removesuffix('; run the recipe again')}; composing it again", err=True)
-
-
-def _advance(run: Run, context: "ComposeContext", progress: "Progress", *, answer: Any) -> dict[str, Any] | None:
-    """Run the graph as far as it goes; return the interrupt it waits at, or None at its end."""
-    from langgraph.checkpoint.sqlite import SqliteSaver
-    from langgraph.types import Command
-
-    from composer.progress import Step
-    from graphs.compose import build
-
-    config: Any = {"configurable": {"thread_id": run.name}}
-    with SqliteSaver.from_conn_string(str(run.checkpoints)) as saver:
-        graph = build().compile(checkpointer=saver)
-        state = graph.get_state(config)
-        if state.values and not state.next:
-            return None  # only the endpoint is wanted
-        start: Any = None if state.next else {}
-        if answer is not None:
-            start = Command(resume=answer)
-        for step in graph.stream(start, config, context=context, stream_mode="custom", durability="sync"):
-            progress(Step.model_validate(step))
-        interrupts = graph.get_state(config).interrupts
-        return dict(interrupts[0].value) if interrupts else None
 
 
 def _ask(waiting: dict[str, Any], context: "ComposeContext", as_json: bool) -> None:

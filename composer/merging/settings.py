@@ -108,6 +108,9 @@ class MergeSection(Section):
     """`proxy`: a merge that does not beat the best it is made of on the proxy split is not kept."""
     margin: float = Field(default=1.0, ge=0)
     """By how many standard errors of the paired difference a merge must be ahead to be kept."""
+    protect: list[str] = []
+    """Tasks that must not drop: a merge that scores lower on one of them than any model it is made of, on the proxy
+    items, is not kept, whatever it gains elsewhere."""
     early_stopping: bool = True
     """Drop candidates that are clearly behind before they have been scored on all proxy items."""
     tokenizer: Literal["union", "base"] = "union"
@@ -136,6 +139,8 @@ class MergeSection(Section):
             raise ValueError("strategy 'fixed' needs 'merges', a list of the merges to make")
         if self.strategy != "fixed" and self.merges:
             raise ValueError(f"'merges' is for strategy 'fixed' only; the strategy is '{self.strategy}'")
+        if self.protect and self.accept == "always":
+            raise ValueError("'protect' refuses merges and 'accept: always' keeps them all; leave one of the two out")
         names = [merge.name for merge in self.merges]
         if len(set(names)) < len(names):
             raise ValueError("two merges have the same name")

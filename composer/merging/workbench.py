@@ -223,6 +223,21 @@ class Workbench:
         """Return whether a gain is enough for a merge to be kept."""
         return self.section.accept == "always" or gain.beyond(self.section.margin)
 
+    def lost(self, step: MergeStep, scores: Scores) -> str | None:
+        """Return in words the first protected task on which a candidate is behind one of its inputs, or None.
+
+        Inputs that are merges themselves passed the same test, so nothing is lost against the sources either.
+        """
+        if not self.section.protect:
+            return None
+        inputs = self.scores(step.inputs)
+        for task in self.section.protect:
+            for name, own in inputs.items():
+                gain = paired_gain(scores.on(task), own.on(task)).mean
+                if gain < 0:
+                    return f"protected task {task} would drop by {-gain:.4f} below {name}"
+        return None
+
 
 def rounding_warning(merged: Checkpoint) -> str | None:
     """Return what to say of a merge that its storage type is too coarse for."""

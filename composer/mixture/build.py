@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from composer.artefacts import Store, digest
+from composer.errors import RecipeError
 from composer.evaluation.scores import Scorer
 from composer.evaluation.statistics import paired_gain
 from composer.merging.plan import MergeOutcome
@@ -20,7 +21,9 @@ VERSION = 1
 """Changes when the same experts and settings give another composite."""
 
 
-def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tuple[tuple[Expert, ...], dict[str, str]]:
+def choose_experts(
+    zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer, most: int | None = None
+) -> tuple[tuple[Expert, ...], dict[str, str]]:
     """Decide which models are experts.
 
     Every merged model is one, and so is every model that was not merged, with one exception: a model whose
@@ -30,12 +33,18 @@ def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tup
     Args:
         zoo: The sources and their example requests.
         outcomes: One per cluster.
-        score: Scores a checkpoint on the proxy split; only asked where a merge was rejected.
+        score: Scores a checkpoint on the proxy split; only asked where a merge was rejected, or there are too many
+            parameters.
+        most: Parameters that all experts together may have.
 
     Returns:
         The experts, and the models left out with the reason.
+
+    Raises:
+        RecipeError: if even a single expert has more parameters than that.
     """
-    experts, left_out = [], {}
+    experts: list[Expert] = []
+    left_out: dict[str, str] = {}
     for outcome in outcomes:
         if outcome.result is not None:
             experts.append(
@@ -64,7 +73,25 @@ def choose_experts(zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer) -> tup
                     reason=reason,
                 )
             )
-    return tuple(experts), left_out
+    return _within(experts, most, left_out, score), left_out
+
+
+def _within(experts: list[Expert], most: int | None, left_out: dict[str, str], score: Scorer) -> tuple[Expert, ...]:
+    """Leave out the experts that score lowest until the others have few enough parameters."""
+    kept = list(experts)
+    while most is not None and (total := sum(one.checkpoint.parameters for one in kept)) > most:
+        if len(kept) == 1:
+            raise RecipeError(
+                f"mixture.max_parameters: {most:,} is less than expert '{kept[0].id}' has alone ({total:,})"
+            )
+        worst = min(kept, key=lambda one: score(one.checkpoint).mean)
+        kept.remove(worst)
+        left_out |= dict.fromkeys(
+            worst.members,
+            f"{worst.id} scores lowest on the proxy split, and with it the experts have {total:,} parameters; "
+            f"mixture.max_parameters is {most:,}",
+        )
+    return tuple(kept)
 
 
 def _best(zoo: Zoo, outcome: MergeOutcome, score: Scorer) -> Checkpoint:

@@ -92,6 +92,9 @@ class MixtureSection(Section):
     top_k: int = Field(default=1, ge=1)
     """How many experts work on one prompt, or on one token. Above 1 at level model, whole models of one tokenizer
     answer together, their distributions averaged token by token."""
+    max_parameters: Annotated[int, Field(ge=1)] | None = None
+    """Parameters of all experts together, counted as whole models, at most. Where there would be more, those that
+    score lowest on the proxy items are left out."""
     dense: Identifier | Literal["average"] = "average"
     """At levels block and ffn: the model that gives embedding, head and first layers (and at level ffn attention), an
     expert or their uniform average."""

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from composer.zoo import Checkpoint, open_weights
+from composer.zoo import Description, open_weights
 from composer.zoo.kinds import is_vocabulary, layer_of
 from composer.zoo.tokenizers import added_tokens
 
 
-def difference(first: Checkpoint, second: Checkpoint, *, layers_only: bool = False) -> str | None:
+def difference(first: Description, second: Description, *, layers_only: bool = False) -> str | None:
     """Return in words the first property that keeps two models from being merged, or None.
 
     Args:
@@ -34,7 +34,7 @@ def difference(first: Checkpoint, second: Checkpoint, *, layers_only: bool = Fal
     return None
 
 
-def note(first: Checkpoint, second: Checkpoint) -> str | None:
+def note(first: Description, second: Description) -> str | None:
     """Return what is to be known about two models that may be merged, or None.
 
     Different chat templates and special tokens do not stand against a merge, but change what the result answers to.
@@ -53,12 +53,12 @@ def note(first: Checkpoint, second: Checkpoint) -> str | None:
     return "; ".join(notes) or None
 
 
-def comparable(first: Checkpoint, second: Checkpoint) -> bool:
+def comparable(first: Description, second: Description) -> bool:
     """Return whether the weights of two models can be compared, whether or not they may be merged."""
     return first.shapes_hash == second.shapes_hash and not first.quantisation and not second.quantisation
 
 
-def _shape_difference(first: Checkpoint, second: Checkpoint, layers_only: bool) -> str | None:
+def _shape_difference(first: Description, second: Description, layers_only: bool) -> str | None:
     for what, a, b in (
         ("hidden size", first.hidden_size, second.hidden_size),
         ("number of layers", first.layers, second.layers),
@@ -74,7 +74,7 @@ def _shape_difference(first: Checkpoint, second: Checkpoint, layers_only: bool) 
     return _tensor_difference(first, second, layers_only)
 
 
-def _tensor_difference(first: Checkpoint, second: Checkpoint, layers_only: bool) -> str | None:
+def _tensor_difference(first: Description, second: Description, layers_only: bool) -> str | None:
     """Return the first tensor that only one model has, or that has another shape in each."""
     a, b = (open_weights(one.source, Path(one.home)).headers for one in (first, second))
     for name in sorted(a.keys() | b.keys()):
@@ -88,12 +88,12 @@ def _tensor_difference(first: Checkpoint, second: Checkpoint, layers_only: bool)
     return None
 
 
-def _from_gguf(first: Checkpoint, second: Checkpoint) -> bool:
+def _from_gguf(first: Description, second: Description) -> bool:
     """Return whether a tokenizer was rebuilt from a GGUF file, which may hold scores where merges were."""
     return "gguf" in (first.source.kind, second.source.kind)
 
 
-def _same_tokens(first: Checkpoint, second: Checkpoint) -> bool:
+def _same_tokens(first: Description, second: Description) -> bool:
     a, b = first.tokenizer, second.tokenizer
     return (a.vocabulary, a.added_tokens) == (b.vocabulary, b.added_tokens)
 

@@ -118,8 +118,9 @@ def decide(standings: list[Standing], best: Scores, workbench: Workbench, what: 
     if not complete:
         reason = failures[0] if failures else f"clearly behind {best.mean:.4f} {what}, and dropped early"
         return Trial(step=standings[0].step, score=None, accepted=False, reason=str(reason), **counts), None
-    gain, winner = max(complete, key=lambda one: one[0].mean)
-    pays = workbench.pays(gain)
+    judged = [(gain, one, workbench.lost(one.step, cast("Scores", one.scores))) for gain, one in complete]
+    gain, winner, lost = max(judged, key=lambda one: (one[2] is None, one[0].mean))
+    pays = lost is None and workbench.pays(gain)
     margin = workbench.section.margin
     # With a margin of 0 a gain is taken that may be noise, and is called so.
     verdict = "beyond noise" if gain.beyond(margin or 1.0) else ("within noise" if gain.mean > 0 else "no gain")
@@ -129,7 +130,7 @@ def decide(standings: list[Standing], best: Scores, workbench: Workbench, what: 
         gain=gain.mean,
         error=gain.error,
         accepted=pays,
-        reason=f"{gain.mean:+.4f} ± {gain.error:.4f} {what}: {verdict}",
+        reason=f"{gain.mean:+.4f} ± {gain.error:.4f} {what}: {lost or verdict}",
         **counts,
     )
     return trial, winner if pays else None

@@ -1,0 +1,125 @@
+"""One conversation, as doors hold it: messages in, words and progress out; it survives a restart."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from composer.progress import Step
+from composer.runs import runs_root
+from composer.value import Value
+from graphs.chat import ChatContext, build, cancel, serving_at, stop_serving
+
+FILE = "conversations.sqlite"
+"""LangGraph's checkpoints of all conversations, in the runs directory; one thread for each."""
+
+
+class Told(Value):
+    """Something a conversation gives: words, a sign of progress, or what it waits for."""
+
+    kind: Literal["say", "step", "ask"]
+    text: str = ""
+    code: int = 0
+    """The exit code of the error that the words are about, or 0."""
+    step: Step | None = None
+
+
+class Conversation:
+    """A conversation with the composer."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        root: Path | None = None,
+        zoo: Path | None = None,
+        home: Path | None = None,
+        yes: bool = False,
+    ) -> None:
+        """Open a conversation, new or kept.
+
+        Args:
+            name: Its name.
+            root: Where runs live.
+            zoo: A recipe or a folder of checkpoints; by default the quickstart recipe.
+            home: Where recipes are saved; by default the working directory.
+            yes: Whether plans are approved without asking.
+
+        Raises:
+            RecipeError: if there is no such zoo.
+        """
+        self.name, self.root = name, root or runs_root()
+        self.context = ChatContext(root=str(self.root), zoo=str(zoo or ""), home=str(home or ""), yes=yes)
+        self.context.desk  # noqa: B018 - what is wrong with the zoo is told now
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _graph(self) -> Iterator[Any]:
+        from langgraph.checkpoint.sqlite import SqliteSaver
+
+        os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
+        with SqliteSaver.from_conn_string(str(self.root / FILE)) as saver:
+            yield build().compile(checkpointer=saver)
+
+    @property
+    def _config(self) -> Any:
+        return {"configurable": {"thread_id": self.name}}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What it remembers."""
+        with self._graph() as graph:
+            return dict(graph.get_state(self._config).values)
+
+    @property
+    def waiting(self) -> str | None:
+        """What it waits for an answer to, or None."""
+        with self._graph() as graph:
+            interrupts = graph.get_state(self._config).interrupts
+            return str(interrupts[0].value["ask"]) if interrupts else None
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether it ended in the middle of work, by a kill or a crash."""
+        with self._graph() as graph:
+            state = graph.get_state(self._config)
+            return bool(state.next) and not state.interrupts
+
+    def say(self, message: str) -> Iterator[Told]:
+        """Say something; yield what comes back, until it is done or waits for an answer."""
+        from langgraph.types import Command
+
+        with self._graph() as graph:
+            waiting = graph.get_state(self._config).interrupts
+            start: Any = Command(resume=message) if waiting else {"said": message}
+            for told in graph.stream(
+                start, self._config, context=self.context, stream_mode="custom", durability="sync"
+            ):
+                if "say" in told:
+                    yield Told(kind="say", text=told["say"], code=told.get("code", 0))
+                else:
+                    yield Told(kind="step", step=Step.model_validate(told["step"]))
+            interrupts = graph.get_state(self._config).interrupts
+            if interrupts:
+                yield Told(kind="ask", text=str(interrupts[0].value["ask"]))
+
+    def forget(self) -> None:
+        """Begin again under the same name; runs are kept."""
+        from langgraph.checkpoint.sqlite import SqliteSaver
+
+        with SqliteSaver.from_conn_string(str(self.root / FILE)) as saver:
+            saver.delete_thread(self.name)
+
+    def cancel(self) -> bool:
+        """Stop the run that is going on in this process; the conversation goes on."""
+        return cancel()
+
+    @property
+    def serving(self) -> str | None:
+        """What it serves, and where, or None."""
+        return serving_at(self.state.get("finished") or [])
+
+    def close(self) -> None:
+        """Stop what it serves."""
+        stop_serving(self.state.get("finished") or [])
