@@ -387,6 +387,18 @@ def test_what_cannot_be_scored_is_refused(load: Load) -> None:
             LiveScorer(model, tokenizer, split)
 
 
+def test_what_is_longer_than_a_model_reads_is_as_good_as_impossible_to_it(load: Load) -> None:
+    """lm-eval's own model stops there, so a zoo could hold no model that reads less than a task's longest answer."""
+    model, tokenizer = live_model("stories-math")
+    scorer = LiveScorer(model, tokenizer, load("words"))
+    longest = scorer._lm.max_length
+    short, whole, long = ((1,), (5, 6)), ((1,), (5,) * longest), ((1,), (5,) * (longest + 1))
+    first, impossible, last, again = scorer._lm.answers([short, long, whole, short])
+    assert impossible == (-1e4, False)
+    assert first == again
+    assert last[0] > -1e4
+
+
 def test_there_are_no_progress_bars(folder: Path) -> None:
     code = f"""
 from tests.test_live_scoring import LiveScorer, live_model, load_split

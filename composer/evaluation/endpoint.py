@@ -15,6 +15,7 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 
 from composer.errors import EvaluationError
+from composer.evaluation.lm import IMPOSSIBLE
 from composer.mixture import Composite, Expert
 from composer.progress import Progress, Step, silent
 
@@ -71,10 +72,12 @@ class ExpertModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        size = min(self.batch_size, SEQUENCES)
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        size, longest = min(self.batch_size, SEQUENCES), self.max_length - 1
+        read = [request for request in requests if len(request[2]) <= longest]
+        batches = [read[start : start + size] for start in range(0, len(read), size)]
         with ThreadPoolExecutor(max(1, self.together // size)) as pool:
-            return [one for part in pool.map(self._likelihoods, batches) for one in part]
+            found = iter([one for part in pool.map(self._likelihoods, batches) for one in part])
+        return [next(found) if len(request[2]) <= longest else IMPOSSIBLE for request in requests]
 
     def _likelihoods(self, batch: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
         # Too long ones lose context on the left, as with lm-eval's own models.

@@ -44,7 +44,7 @@ class EngineModel(Tokenising):
         super().__init__(pretrained=stand_in, tokenizer=tokenizer, batch_size=AT_ONCE)
         self._engine = engine
 
-    def answers(self, pairs: list[Pair]) -> list[Answer]:
+    def _answers(self, pairs: list[Pair]) -> list[Answer]:
         """Answer pairs, in their order."""
         return self._engine.score(pairs) if pairs else []
 

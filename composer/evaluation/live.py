@@ -176,7 +176,7 @@ class _Model(Tokenising):
         self.model.eval()
         self._device = self.model.device
 
-    def answers(self, pairs: list[Pair]) -> list[Answer]:
+    def _answers(self, pairs: list[Pair]) -> list[Answer]:
         """Answer pairs: those that have their context in common together, all others one by one."""
         answers: dict[int, Answer] = {}
         alone: list[int] = []

@@ -11,6 +11,8 @@ Pair = tuple[Tokens, Tokens]
 """A context and what follows it."""
 Answer = tuple[float, bool]
 """The log-likelihood of what follows, and whether greedy decoding would have written it."""
+IMPOSSIBLE: Answer = (-1e4, False)
+"""The answer for what is longer than a model reads: not minus infinity, which means and files cannot hold."""
 
 
 class LanguageModel(Protocol):
@@ -74,10 +76,9 @@ class Tokenising(HFLM):  # type: ignore[misc]
             before = [self.prefix_token_id]
             if after[:1] == before:
                 after = after[1:]
-        if not before or not 0 < len(after) <= self.max_length:
+        if not before or not after:
             raise EvaluationError(
-                f"task '{task}': {continuation[:40]!r}, {len(after)} tokens after {len(before)}, "
-                f"cannot be scored by a model that reads {self.max_length}"
+                f"task '{task}': {continuation[:40]!r}, {len(after)} tokens after {len(before)}, cannot be scored"
             )
         return tuple(before), tuple(after)
 
@@ -85,7 +86,12 @@ class Tokenising(HFLM):  # type: ignore[misc]
         return self.answers([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
 
     def answers(self, pairs: list[Pair]) -> list[Answer]:
-        """Answer pairs, in their order."""
+        """Answer pairs, in their order; to the model, what is longer than it reads is as good as impossible."""
+        answers = iter(self._answers([pair for pair in pairs if len(pair[1]) <= self.max_length]))
+        return [next(answers) if len(pair[1]) <= self.max_length else IMPOSSIBLE for pair in pairs]
+
+    def _answers(self, pairs: list[Pair]) -> list[Answer]:
+        """Answer pairs whose continuations the model can read as a whole, in their order."""
         raise NotImplementedError
 
     def settle(self) -> None:
