@@ -52,7 +52,7 @@ class Scripted(Judge):
         self.merged, self.single = merged, single
         self.tried: list[tuple[MergeStep, int]] = []
 
-    def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
+    def score(self, checkpoint: Checkpoint, split: str = "proxy", scorer: str = "torch") -> Scores:
         return scores(checkpoint.id, self.single[checkpoint.id])
 
     def trial(self, step: MergeStep, inputs: object, bench: Bench, portion: Portion | None) -> Measured:
