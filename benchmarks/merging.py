@@ -2,9 +2,9 @@
 
     COMPOSER_ZOO=DIR COMPOSER_DATA=DIR python benchmarks/merging.py [PART ...]
 
-Parts: trial, export, search, choices; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of it as
-Hugging Face directories (smollm2-135m-instruct, smol-sst2, …), and the data sets of recipes/smollm2.yaml. Prints one
-JSON object a measurement; each is made in a process of its own, times are medians.
+Parts: trial, export, search, choices, scorer; all by default. DIR holds SmolLM2-135M-Instruct and five fine-tunes of
+it as Hugging Face directories (smollm2-135m-instruct, smol-sst2, …), and the data sets of recipes/smollm2.yaml. Prints
+one JSON object a measurement; each is made in a process of its own, times are medians.
 
 - trial: from coefficients to a model that is ready to be scored, three inputs, against the command line
   (`mergekit-yaml`) on the same merge; TIES and others from the second trial on, against a call of mergekit's
@@ -15,10 +15,15 @@ JSON object a measurement; each is made in a process of its own, times are media
   disk by `run_merge`, loaded by transformers, scored by lm-eval. Of the plain way every SAMPLEth candidate is made,
   and the total is its mean times the number of candidates. Memory is what the search adds to a process that has
   imported everything, in models' worth of float32.
+- scorer: a whole trial of three models, merged, brought to where it is scored, and scored on ITEMS items a task, by
+  torch and by vLLM (`evaluate.scorer`): on three tasks that are multiple choice, and on one where 64 tokens are
+  written. `start_s` is the first trial, in which the engine starts; the others are medians. Both find the same values
+  on so many of the items.
 """
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +51,21 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "ties": [{"weight": [0.2 + 0.1 * n, 1.0, 0.7], "density": 0.3} for n in range(ROUNDS + 1)],
     "dare_ties": [{"weight": 0.2 + 0.1 * n, "density": 0.5} for n in range(ROUNDS + 1)],
 }
+WRITTEN = """task: smol_written
+custom_dataset: !function loaders.gsm8k
+output_type: generate_until
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{answer.split('####')[-1].strip()}}"
+generation_kwargs: {max_gen_toks: 64, until: ["Question:"], do_sample: false}
+process_results: !function spelled.spelled
+metric_list:
+  - {metric: spelled, aggregation: mean, higher_is_better: true}
+"""
+"""A task that is generated, whose value tells one text from another."""
+SPELLED = (
+    "def spelled(doc, results):\n    return {'spelled': float(sum(n * ord(c) for n, c in enumerate(results[0], 1)))}\n"
+)
 COMMAND_LINE = ("linear", "task_arithmetic")
 
 
@@ -290,6 +310,35 @@ def plain_search(tasks: str, directory: Path) -> dict[str, Any]:
     return {"sampled": len(times), "plain_candidate_s": statistics.fmean(times)}
 
 
+def whole_trial(kind: str, scorer: str, directory: Path) -> dict[str, Any]:
+    """Time trials from coefficients to scores."""
+    from composer.artefacts import Store
+    from composer.evaluation.settings import EvaluateSection
+    from composer.merging.judge import Bench, Judge
+    from composer.merging.plan import MergeStep
+    from composer.probes import ProbesSection
+
+    tasks = directory / "tasks"
+    shutil.copytree(ROOT / "recipes" / "smollm2" / "tasks", tasks)
+    (tasks / "smol_written.yaml").write_text(WRITTEN)
+    (tasks / "spelled.py").write_text(SPELLED)
+    names = CHOICES.strip("[]").split(", ") if kind == "choices" else ["smol_written"]
+    section = EvaluateSection(tasks=names, include=str(tasks), proxy_limit=ITEMS, batch_size=8)
+    judge = Judge(section, ProbesSection(), Store(directory).root)
+    inputs = [inspected(name, directory) for name in NAMES[:3]]
+    bench = Bench(base=inspected(BASE, directory), scorer=scorer)
+    judge.split("proxy")
+    took, values = [], []
+    for settings in TRIALS["linear"]:
+        step = MergeStep(name="m", operator="linear", inputs=NAMES[:3], parameters=settings)
+        seconds, measured = timed(lambda step=step: judge.trial(step, inputs, bench, None))
+        took.append((seconds, measured.merge_seconds, measured.score_seconds))
+        values += [value for task in measured.scores.tasks for value in task.items.values()]
+    judge.close()
+    whole, merging, scoring = (statistics.median(one) for one in zip(*took[1:], strict=True))
+    return {"start_s": took[0][0], "trial_s": whole, "merging_s": merging, "scoring_s": scoring, "values": values}
+
+
 def child(part: str, *arguments: str) -> dict[str, Any]:
     """Run a part in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
@@ -328,6 +377,12 @@ def main(parts: list[str]) -> None:
             ours, plain = child("search", tasks), child("plain_search", tasks)
             whole = plain["plain_candidate_s"] * ours["candidates"]
             show(part, {**ours, **plain, "plain_search_s": whole, "ratio": whole / ours["search_s"]})
+    for kind in ("choices", "written") if "scorer" in parts else ():
+        found = {scorer: child("whole_trial", kind, scorer) for scorer in ("torch", "vllm")}
+        first, second = (one.pop("values") for one in found.values())
+        same = sum(one == other for one, other in zip(first, second, strict=True))
+        for scorer, values in found.items():
+            show("scorer", {"kind": kind, "scorer": scorer, **values, "same": same, "of": len(first)})
 
 
 if __name__ == "__main__":
@@ -337,4 +392,4 @@ if __name__ == "__main__":
     else:
         if not os.environ.get("COMPOSER_ZOO"):
             sys.exit("set COMPOSER_ZOO (and COMPOSER_DATA for the search); see the top of this file")
-        main(sys.argv[1:] or ["trial", "export", "search", "choices"])
+        main(sys.argv[1:] or ["trial", "export", "search", "choices", "scorer"])

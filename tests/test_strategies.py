@@ -52,7 +52,7 @@ class Scripted(Judge):
         self.merged, self.single = merged, single
         self.tried: list[tuple[MergeStep, int]] = []
 
-    def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
+    def score(self, checkpoint: Checkpoint, split: str = "proxy", scorer: str = "torch") -> Scores:
         return scores(checkpoint.id, self.single[checkpoint.id])
 
     def trial(self, step: MergeStep, inputs: object, bench: Bench, portion: Portion | None) -> Measured:
@@ -222,7 +222,7 @@ def test_similarity_is_measured_anew_after_every_merge(
         return 0.7 + 0.05 * len(step.inputs)
 
     judge = Scripted.score
-    Scripted.score = lambda self, one, split="proxy": scores(one.id, table[one.id])  # type: ignore[method-assign, assignment]
+    Scripted.score = lambda self, one, *_: scores(one.id, table[one.id])  # type: ignore[method-assign, assignment]
     try:
         outcome, _ = carry_out("similarity", score, names, order=order, coefficients=[0.5])
     finally:
