@@ -57,7 +57,7 @@ class EngineModel(Tokenising):
         mask = settings.pop("attention_mask")
         if settings.get("do_sample") or (others := settings.keys() - WITHOUT_EFFECT):
             wanted = "do_sample" if settings.get("do_sample") else min(others)
-            raise ServeError(f"a task generates with '{wanted}', which the engine is not asked for; set evaluate.scorer=torch")
+            raise ServeError(f"a task generates with '{wanted}', which an engine does not; set evaluate.scorer=torch")
         prompts = [tuple(row[own.bool()].tolist()) for row, own in zip(context, mask, strict=True)]
         written = self._engine.write(prompts, max_length - context.shape[1], stop)
         found = torch.full((len(written), max(map(len, written))), self.tokenizer.pad_token_id)
