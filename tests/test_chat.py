@@ -103,9 +103,8 @@ def test_odd_messages_end_in_a_question_or_a_draft(message: str, shelf: Shelf) -
 def test_what_is_not_understood_is_said(shelf: Shelf) -> None:
     understood = BuiltIn().understand("mege math and law fortnightly", begun(shelf), shelf)
     assert understood.notes == ("I read 'mege' as 'merge'", "I did not understand: 'fortnightly'")
-    assert BuiltIn().understand("do not compare math and law", begun(shelf), shelf).question, (
-        "a 'not' is never passed over"
-    )
+    denied = BuiltIn().understand("do not compare math and law", begun(shelf), shelf)
+    assert denied.question, "a 'not' is never passed over"
 
 
 def test_yes_is_a_yes_and_nothing_else() -> None:
@@ -241,9 +240,8 @@ def test_an_invalid_draft_is_repaired_from_the_validators_message(endpoint: Scri
     understood = ModelDriver(endpoint.url, "m").understand("merge math and law", begun(shelf), shelf)
     assert [call.edit.models for call in understood.calls] == [("stories-math", "stories-law")]
     assert len(endpoint.seen) == 3
-    assert "no model 'stories-maths' on the shelf; did you mean 'stories-math'" in json.dumps(
-        endpoint.seen[1]["messages"]
-    )
+    returned = json.dumps(endpoint.seen[1]["messages"])
+    assert "no model 'stories-maths' on the shelf; did you mean 'stories-math'" in returned
     assert "modells" in endpoint.seen[2]["messages"][-1]["content"]
 
 
