@@ -108,6 +108,11 @@ def _draft(state: ChatState, desk: Desk) -> Draft:
     return Draft.model_validate(kept) if kept else begun(desk.shelf)
 
 
+def begin(state: ChatState) -> Literal["understand", "act"]:
+    """Send words to the driver, and calls of a program straight to the tools."""
+    return "act" if state.get("calls") and not state.get("said") else "understand"
+
+
 def understand(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal["clarify", "act", "__end__"]]:
     """Ask the driver what is wanted."""
     desk, said = runtime.context.desk, state.get("said", "")
@@ -475,7 +480,7 @@ def build() -> "StateGraph[ChatState, ChatContext]":
     graph.add_node("approve", approve)
     graph.add_node("compose", compose)
     graph.add_node("report", report)
-    graph.add_edge(START, "understand")
+    graph.add_conditional_edges(START, begin)
     graph.add_edge("price", END)
     graph.add_edge("report", END)
     return graph
