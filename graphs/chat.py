@@ -173,8 +173,7 @@ class _Turn:
 
     def _inspect_model(self, call: calls.InspectModel) -> None:
         for name in call.models:
-            if name not in self.desk.shelf.models:
-                raise RecipeError(f"there is no model '{name}' on the shelf ({', '.join(self.desk.shelf.models)})")
+            self.desk.shelf.check(name)
             self.say(answers.model_in_words(self.desk.shelf, name))
 
     def _compare_models(self, call: calls.CompareModels) -> None:

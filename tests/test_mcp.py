@@ -49,6 +49,7 @@ def test_tools_are_listed_and_called(tmp_path: Path) -> None:
         assert wrong.is_error
         assert "did you mean 'stories-math'" in text(wrong)
         assert (await client.call_tool("rm", {})).is_error
+        assert (await client.call_tool("compare_models", {"models": ["stories-math", "absent"]})).is_error
         assert (await client.call_tool("save", {"file": "/etc/x.yaml"})).is_error
         assert text(await client.call_tool("answer", {"text": "yes"})) == "nothing waits for an answer"
 
