@@ -27,7 +27,7 @@ from composer.chat.desk import Desk, composed, is_no, is_yes
 from composer.chat.draft import Draft, begun, changed
 from composer.chat.driver import Driver, make_driver
 from composer.chat.saving import as_yaml, save
-from composer.errors import ComposerError, RecipeError
+from composer.errors import CancelledError, ComposerError, RecipeError
 from composer.progress import Progress, Step
 from composer.runs import Run, runs_root
 
@@ -403,7 +403,8 @@ def compose(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal[
                 context.session.close()
                 raise
     except ComposerError as error:
-        return Command(goto="__end__", update={"messages": [*told, say(f"{error}. Say 'run' to carry on", error)]})
+        stopped_at = str(error) if isinstance(error, CancelledError) else f"{error}. Say 'run' to carry on"
+        return Command(goto="__end__", update={"messages": [*told, say(stopped_at, error)]})
     return Command(goto="report", update={"messages": told})
 
 
