@@ -27,7 +27,7 @@ from composer.chat.desk import Desk, composed, is_no, is_yes
 from composer.chat.draft import Draft, begun, changed
 from composer.chat.driver import Driver, make_driver
 from composer.chat.saving import as_yaml, save
-from composer.errors import ComposerError, RecipeError
+from composer.errors import CancelledError, ComposerError, RecipeError
 from composer.progress import Progress, Step
 from composer.runs import Run, runs_root
 
@@ -108,6 +108,11 @@ def _draft(state: ChatState, desk: Desk) -> Draft:
     return Draft.model_validate(kept) if kept else begun(desk.shelf)
 
 
+def begin(state: ChatState) -> Literal["understand", "act"]:
+    """Send words to the driver, and calls of a program straight to the tools."""
+    return "act" if state.get("calls") and not state.get("said") else "understand"
+
+
 def understand(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal["clarify", "act", "__end__"]]:
     """Ask the driver what is wanted."""
     desk, said = runtime.context.desk, state.get("said", "")
@@ -168,8 +173,7 @@ class _Turn:
 
     def _inspect_model(self, call: calls.InspectModel) -> None:
         for name in call.models:
-            if name not in self.desk.shelf.models:
-                raise RecipeError(f"there is no model '{name}' on the shelf ({', '.join(self.desk.shelf.models)})")
+            self.desk.shelf.check(name)
             self.say(answers.model_in_words(self.desk.shelf, name))
 
     def _compare_models(self, call: calls.CompareModels) -> None:
@@ -399,7 +403,8 @@ def compose(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal[
                 context.session.close()
                 raise
     except ComposerError as error:
-        return Command(goto="__end__", update={"messages": [*told, say(f"{error}. Say 'run' to carry on", error)]})
+        stopped_at = str(error) if isinstance(error, CancelledError) else f"{error}. Say 'run' to carry on"
+        return Command(goto="__end__", update={"messages": [*told, say(stopped_at, error)]})
     return Command(goto="report", update={"messages": told})
 
 
@@ -475,7 +480,7 @@ def build() -> "StateGraph[ChatState, ChatContext]":
     graph.add_node("approve", approve)
     graph.add_node("compose", compose)
     graph.add_node("report", report)
-    graph.add_edge(START, "understand")
+    graph.add_conditional_edges(START, begin)
     graph.add_edge("price", END)
     graph.add_edge("report", END)
     return graph

@@ -178,7 +178,7 @@ def mix(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, Any]
         recipe = session.run.recipe
         outcomes = sorted(map(MergeOutcome.load, state["outcomes"]), key=lambda one: one.cluster)
         experts, left_out = choose_experts(
-            Zoo.load(state["zoo"]), outcomes, session.score, recipe.mixture.max_parameters
+            Zoo.load(state["zoo"]), outcomes, session.score, recipe.mixture.max_parameters, recipe.merge.protect
         )
         directory = build_composite(recipe.name, experts, left_out, recipe.mixture, session.run.store, session.known)
         session.run.link_composite(directory)

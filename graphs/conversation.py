@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from composer.chat.calls import Call
 from composer.progress import Step
 from composer.runs import runs_root
 from composer.value import Value
@@ -90,9 +91,14 @@ class Conversation:
         """Say something; yield what comes back, until it is done or waits for an answer."""
         from langgraph.types import Command
 
+        yield from self._go(Command(resume=message) if self.waiting else {"said": message})
+
+    def call(self, tool: Call) -> Iterator[Told]:
+        """Call a tool as a driver would; what waits for an answer no longer does."""
+        yield from self._go({"said": "", "question": None, "calls": [tool.model_dump(mode="json")]})
+
+    def _go(self, start: Any) -> Iterator[Told]:
         with self._graph() as graph:
-            waiting = graph.get_state(self._config).interrupts
-            start: Any = Command(resume=message) if waiting else {"said": message}
             for told in graph.stream(
                 start, self._config, context=self.context, stream_mode="custom", durability="sync"
             ):

@@ -54,6 +54,19 @@ def zoo(quick: dict[str, Checkpoint]) -> Zoo:
     return Zoo(members=tuple(quick[name] for name in NAMES), examples=dict.fromkeys(NAMES, MATH))
 
 
+def test_a_model_that_is_ahead_on_a_protected_task_at_all_stays(zoo: Zoo) -> None:
+    math, science, web = NAMES
+    merged = zoo[math].renamed("merged-1")
+    outcome = MergeOutcome(
+        cluster="cluster-1", result=merged, merged=(math, web), whole=(science,), trials=(rejected(math, science),)
+    )
+    score = scores_of({"merged-1": (0.9, 0.50), science: (0.5, 0.51)})
+    assert science in choose_experts(zoo, [outcome], score)[1], "one item of a hundred is noise"
+    experts, left_out = choose_experts(zoo, [outcome], score, protect=["b"])
+    assert not left_out
+    assert experts[1].reason.endswith("ahead on b")
+
+
 def test_experts_that_score_lowest_are_left_out_until_the_rest_is_small_enough(zoo: Zoo) -> None:
     math, science, web = NAMES
     outcome = MergeOutcome(cluster="cluster-1", result=None, whole=NAMES)

@@ -8,6 +8,7 @@ from composer.chat.draft import Draft
 from composer.chat.shelf import Shelf
 from composer.errors import ZooError
 from composer.evaluation.evidence import Evidence
+from composer.evaluation.statistics import paired_gain
 from composer.merging.plan import MergeOutcome
 from composer.mixture.composite import Composite
 from composer.planning import Plan
@@ -102,7 +103,8 @@ def result_in_words(run: Run, evidence: Evidence, composite: Composite, protecte
     for task in protected:
         best = max(sources, key=lambda one: one.task(task).mean)
         own, other = mine.task(task).mean, best.task(task).mean
-        word = "did not drop" if own >= other else "dropped"
+        noise = not paired_gain(mine.on(task), best.on(task)).behind(2)
+        word = "did not drop" if own >= other else "is lower, within noise" if noise else "dropped"
         lines.append(f"  {task} {word}: {own:.3f} held out, against {other:.3f} of {best.subject}, the best on it")
     lines.append(f"  report: {run.path / 'report.html'}")
     return "\n".join(lines)
@@ -173,4 +175,4 @@ def reason_in_words(name: str | None, composite: Composite, outcomes: Sequence[M
     for trial in (trial for one in outcomes for trial in one.trials if name in trial.step.inputs):
         verdict = "kept" if trial.accepted else "not kept"
         lines.append(f"  {trial.step.operator}({', '.join(trial.step.inputs)}): {trial.reason}; {verdict}")
-    return "\n".join(lines) or f"{name} was not part of the last composite"
+    return "\n".join(lines) or f"{name} is not in the recipe of {composite.name}: it was left out by request"

@@ -94,8 +94,8 @@ def _understood(said: str, draft: Draft, shelf: Shelf, bound: dict[str, tuple[st
     if paths:
         raise RecipeError(_outside(paths[0]))
     notes = _notes(heard)
-    if heard.denied:
-        text = f"I am not sure what is not to be done in '{said}'; say it without 'not'?"
+    if heard.lost:
+        text = f"I am not sure what {' '.join(map(repr, heard.lost))} means there; can you say it another way?"
         return Understood(question=Question(text=text, said=said, join="{answer}"), notes=notes)
     if heard.skipped and {str(clause.data) for clause in heard.clauses} == {"mention"}:
         text = f"what is to be done with them? I did not understand {', '.join(map(repr, heard.skipped))}"
@@ -201,14 +201,14 @@ class _Listening:
         if self.values.get("nothing"):
             values["strategy"] = "none"
         lists: dict[str, Any] = {key: tuple(dict.fromkeys(value)) for key, value in self.lists.items()}
-        if "models" in lists:
-            spared = self.grouped & set(lists.get("leave_out", ()))
-            lists["models"] = tuple(name for name in lists["models"] if name not in spared)
         mentioned = lists.pop("mentioned", ())
         if mentioned and "models" in lists:
             lists["models"] = tuple(dict.fromkeys((*lists["models"], *mentioned)))
         elif mentioned:
             lists["models"] = mentioned
+        if "models" in lists:
+            spared = self.grouped & set(lists.get("leave_out", ()))
+            lists["models"] = tuple(name for name in lists["models"] if name not in spared)
         if self.merging and "models" in lists and len(lists["models"]) == 1 and not lists.get("whole"):
             one = lists["models"][0]
             raise _AskError(Question(text=f"merge {one} with which other model?", said=self.said))

@@ -62,6 +62,8 @@ class Desk:
         from composer.similarity import compare
         from composer.zoo import inspect_zoo
 
+        for name in names:
+            self.shelf.check(name)
         chosen = names if len(names) > 1 else draft.models
         entries = [self.shelf.entry(name) for name in chosen]
         document = {**draft.document, "zoo": {**draft.document["zoo"], "models": entries}}

@@ -7,7 +7,6 @@ import copy
 from typing import Any
 
 from composer.chat.edit import Edit
-from composer.chat.names import nearest_names
 from composer.chat.shelf import Shelf
 from composer.errors import RecipeError
 from composer.merging.operators import OPERATORS
@@ -129,9 +128,7 @@ def _lifted(edit: Edit, limit: str) -> bool:
 
 def _check_names(edit: Edit, shelf: Shelf) -> None:
     for name in (*(edit.models or ()), *edit.add, *edit.leave_out, *edit.whole):
-        if name not in shelf.models:
-            near = " or ".join(f"'{one}'" for one in nearest_names(name, shelf.models))
-            raise RecipeError(f"there is no model '{name}' on the shelf; did you mean {near}?")
+        shelf.check(name)
     for task in (*(edit.tasks or ()), *edit.add_tasks, *edit.protect):
         if task not in shelf.tasks and shelf.task(task) != (task,):
             near = " or ".join(f"'{one}'" for one in shelf.nearest_tasks(task))

@@ -13,6 +13,10 @@ from lark.lexer import Lexer
 from composer.chat.scanner import Scan, scan
 from composer.chat.words import clean
 
+HARMLESS = frozenset(
+    {"WORD", "QUOTED", "PATH", "NUMBER", "STAY", "SPLIT", "NOUN", "ALSO", "ALIKE", "OUTWORD", "ROUTER"}
+)
+"""Tokens that may be passed over: they change nothing by themselves."""
 GRAMMAR = Path(__file__).with_name("language.lark")
 
 
@@ -24,8 +28,9 @@ class Heard:
     """One per wish; a clause's name is that of its rule in the grammar."""
     skipped: list[str] = field(default_factory=list)
     """Words that fit nowhere."""
-    denied: bool = False
-    """Whether a "not" is among them: then the opposite of what was meant may have been heard."""
+    lost: list[str] = field(default_factory=list)
+    """Those of them that mean something elsewhere (verbs, names, "not"): without them, something else may have been
+    heard than was meant."""
     corrected: dict[str, str] = field(default_factory=dict)
     """Words with slips of the pen, and what they were taken for."""
 
@@ -65,13 +70,17 @@ def hear(message: str, known: Sequence[str]) -> Heard:
             return False
         token = cast("UnexpectedToken", error).token
         heard.skipped.append(str(token))
-        heard.denied |= token.type == "NOT"
+        if token.type not in HARMLESS:
+            heard.lost.append(str(token))
         return True
 
     try:
         tree = grammar().parse(iter(scanned.tokens), on_error=skip)  # type: ignore[arg-type]
     except UnexpectedInput:  # it ends in the middle of a clause: what came before stands
-        tree = grammar().parse(iter(_whole(scanned.tokens)), on_error=skip)  # type: ignore[arg-type]
+        whole = _whole(scanned.tokens)
+        heard.skipped, heard.lost = [], [str(token) for token in scanned.tokens[len(whole) :] if str(token)]
+        heard.skipped += heard.lost
+        tree = grammar().parse(iter(whole), on_error=skip)  # type: ignore[arg-type]
     heard.clauses = [one for one in tree.children if isinstance(one, Tree)]
     return heard
 

@@ -112,7 +112,7 @@ def _phrase(words: list[Word], place: int, known: Sequence[str]) -> tuple[list[T
         if count == 1 and kind in _YIELDING and any(said[0] in parts(name) for name in known):
             continue
         token = Token(kind, " ".join(word.text for word in words[place : place + count]))
-        token.value = float(value) if kind == "TIME" else value
+        token.value = float(value) if kind in ("TIME", "SIZE") else value
         return [token], count
     return None
 
@@ -144,7 +144,7 @@ def _slip(word: Word, known: Sequence[str], scanned: Scan) -> Token:
         if found is not None:
             candidates.append((found, 0, part, Token("NAME", part)))
     for said, (kind, value) in phrases().items():
-        found = misspelt(word.plain, said[0]) if len(said) == 1 and len(said[0]) >= 4 else None
+        found = misspelt(word.plain, said[0]) if len(said) == 1 and len(said[0]) >= 3 else None
         if found is not None:
             token = Token(kind, said[0])
             token.value = value
@@ -208,6 +208,8 @@ def _nots(tokens: list[Token]) -> list[Token]:
     guarded = False
     for token in tokens:
         guarded = token.type == "PROTECT" or (guarded and token.type not in ("_SEP",))
+        if done and done[-1].type == "NOT" and token.type == "MUST":
+            continue  # "should not be merged"
         if done and done[-1].type == "NOT" and token.type in _DENIED:
             done[-1] = _as(token, _DENIED[token.type])
         elif token.type == "DROP":
@@ -252,14 +254,20 @@ def _nouns(tokens: list[Token]) -> list[Token]:
 
 def _heads(tokens: list[Token]) -> list[Token]:
     """Drop verbs that only lead to something else: "keep it under", "use at most", "with ties"."""
-    done = []
+    done: list[Token] = []
+    verb = ""
     for place, token in enumerate(tokens):
         after = tokens[place + 1].type if place + 1 < len(tokens) else ""
         if token.type == "KEEP" and (after in LIMITS or after in ("HOLD", "ALWAYS")):
             continue
         if token.type == "ONLY" and after not in NAMED | {"EVALUATE"}:
             continue
-        if token.type == "ALSO" and after != "EVALUATE":
+        if token.type not in NAMED | {"ALSO", "_AND", "_COMMA"}:
+            verb = token.type
+        if token.type == "ALSO" and after != "EVALUATE" and verb != "EVALUATE":
+            continue
+        if token.type == "NO":  # "no scrambled" leaves it out; "no, 25 trials" says nothing
+            done += [_as(token, "OUT")] if after in NAMED else []
             continue
         if token.type in ("USE", "ADD") and after not in NAMED | {"ONLY"}:
             continue
@@ -302,6 +310,7 @@ def _predicates(tokens: list[Token]) -> list[Token]:
     for place, token in enumerate(tokens):
         before = tokens[place - 1].type if place else ""
         said = token.type in ("HOLD", "STAY") or (before == "MUST" and token.type in ("OUT", "WHOLE"))
+        said = said or (before in NAMED and token.type == "NOMERGE")
         if said:
             _mark(done)
         done.append(token)

@@ -53,6 +53,16 @@ class Shelf:
                 named.append(found[1])
         return tuple(named)
 
+    def check(self, name: str) -> None:
+        """Refuse a name that is no model's.
+
+        Raises:
+            RecipeError: naming the nearest ones.
+        """
+        if name not in self.models:
+            near = " or ".join(f"'{one}'" for one in nearest_names(name, self.models))
+            raise RecipeError(f"there is no model '{name}' on the shelf; did you mean {near}?")
+
     def entry(self, name: str) -> dict[str, Any]:
         """Return what the recipe says of a model."""
         return next(entry for entry in self.document["zoo"]["models"] if entry["id"] == name)

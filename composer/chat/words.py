@@ -77,12 +77,14 @@ def distance(first: str, second: str) -> int:
 def misspelt(written: str, meant: str) -> int | None:
     """Return the distance if `written` may be `meant` with slips, else None.
 
-    Short words are often other words: of four letters or less one may be added, dropped or swapped, none replaced.
+    Short words are often other words: of three letters two may be swapped, of four one added or dropped, none replaced.
     """
     shorter = min(len(written), len(meant))
     if shorter < 3 or abs(len(written) - len(meant)) > 2:
         return None
     found = distance(written, meant)
-    if shorter <= 4 and len(written) == len(meant) and sorted(written) != sorted(meant):
+    swapped = len(written) == len(meant) and sorted(written) == sorted(meant)
+    swapped = swapped or set(written) == set(meant)  # a letter twice
+    if not swapped and (shorter == 3 or (shorter == 4 and len(written) == len(meant))):
         return 0 if found == 0 else None
     return found if found <= (2 if shorter >= 7 else 1) else None

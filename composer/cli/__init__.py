@@ -15,8 +15,8 @@ from composer import __version__
 from composer.errors import INTERRUPTED, ComposerError, DiskFullError, is_disk_full
 
 VERBS = (
-    "chat", "run", "plan", "validate", "inspect", "cluster", "serve", "keys", "ls", "show", "operators", "simmerge",
-    "router", "export", "schema",
+    "chat", "mcp", "run", "plan", "validate", "inspect", "cluster", "serve", "keys", "ls", "show", "operators",
+    "simmerge", "router", "export", "schema",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Building a composite from what the merge stage left."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from composer.artefacts import Store, digest
@@ -22,7 +23,11 @@ VERSION = 1
 
 
 def choose_experts(
-    zoo: Zoo, outcomes: list[MergeOutcome], score: Scorer, most: int | None = None
+    zoo: Zoo,
+    outcomes: list[MergeOutcome],
+    score: Scorer,
+    most: int | None = None,
+    protect: Sequence[str] = (),
 ) -> tuple[tuple[Expert, ...], dict[str, str]]:
     """Decide which models are experts.
 
@@ -36,6 +41,7 @@ def choose_experts(
         score: Scores a checkpoint on the proxy split; only asked where a merge was rejected, or there are too many
             parameters.
         most: Parameters that all experts together may have.
+        protect: Tasks that must not drop: being ahead on one of them at all is enough to stay.
 
     Returns:
         The experts, and the models left out with the reason.
@@ -58,7 +64,7 @@ def choose_experts(
             )
         best = outcome.result or _best(zoo, outcome, score)
         for name in outcome.whole:
-            reason = _reason_to_keep(zoo[name], best, outcome, score)
+            reason = _reason_to_keep(zoo[name], best, outcome, score, protect)
             if reason is None:
                 left_out[name] = (
                     f"merging it in does not pay on the proxy split, and it beats {best.id} on no proxy task"
@@ -100,7 +106,9 @@ def _best(zoo: Zoo, outcome: MergeOutcome, score: Scorer) -> Checkpoint:
     return max(members, key=lambda one: score(one).mean) if outcome.trials else members[0]
 
 
-def _reason_to_keep(member: Checkpoint, best: Checkpoint, outcome: MergeOutcome, score: Scorer) -> str | None:
+def _reason_to_keep(
+    member: Checkpoint, best: Checkpoint, outcome: MergeOutcome, score: Scorer, protect: Sequence[str]
+) -> str | None:
     if outcome.failure:
         return f"kept whole, since its cluster could not be merged: {outcome.failure}"
     rejected = any(not trial.accepted and member.id in trial.step.inputs for trial in outcome.trials)
@@ -109,7 +117,8 @@ def _reason_to_keep(member: Checkpoint, best: Checkpoint, outcome: MergeOutcome,
     if member.id == best.id:
         return "kept whole: the best of its cluster, where no merge pays on the proxy split"
     merged, own = score(best), score(member)
-    won = [task.task for task in own.tasks if paired_gain(own.on(task.task), merged).beyond(1)]
+    gains = {task.task: paired_gain(own.on(task.task), merged) for task in own.tasks}
+    won = [task for task, gain in gains.items() if gain.beyond(0 if task in protect else 1)]
     return f"kept whole: merging it does not pay, but it is ahead on {', '.join(won)}" if won else None
 
 
