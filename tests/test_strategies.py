@@ -432,7 +432,7 @@ def test_paired_gain_is_the_stratified_mean() -> None:
 class OnTwoTasks(Scripted):
     """A judge of two tasks: merges gain much on t, and lose a little on u against the model that is best there."""
 
-    def score(self, checkpoint: Checkpoint, split: str = "proxy") -> Scores:
+    def score(self, checkpoint: Checkpoint, split: str = "proxy", scorer: str = "torch") -> Scores:
         return on_both(checkpoint.id, self.single[checkpoint.id], 0.5 if checkpoint.id == MATH else 0.3)
 
     def trial(self, step: MergeStep, inputs: object, bench: Bench, portion: Portion | None) -> Measured:
