@@ -147,13 +147,12 @@ def _on_machine(places: list[Place]) -> list[Place]:
 def _alone(expert: Expert, section: ServeSection) -> Place:
     kind, note = _engine(expert, section.engine)
     checkpoint = expert.checkpoint.renamed(expert.id)
-    length = min(checkpoint.context_length or DEFAULT_LENGTH, section.max_model_len or DEFAULT_LENGTH)
     return Place(
         name=expert.id,
         kind=kind,
         checkpoint=checkpoint,
         experts=(expert.id,),
-        max_model_len=length,
+        max_model_len=longest(checkpoint, section),
         models={expert.id: checkpoint.id if kind.name == "vllm" else checkpoint.path},
         weights=checkpoint.parameters * _bytes(checkpoint, section),
         note=note,
@@ -175,6 +174,11 @@ def _engine(expert: Expert, wanted: str) -> tuple[EngineKind, str | None]:
 def _bytes(checkpoint: Checkpoint, section: ServeSection) -> int:
     """Return bytes per parameter in memory."""
     return {"float32": 4, "float16": 2, "bfloat16": 2}.get(dtype_of(section), 4 if checkpoint.dtype == "F32" else 2)
+
+
+def longest(checkpoint: Checkpoint, section: ServeSection) -> int:
+    """Return the longest sequence that a checkpoint is served with, in tokens."""
+    return min(checkpoint.context_length or DEFAULT_LENGTH, section.max_model_len or DEFAULT_LENGTH)
 
 
 def dtype_of(section: ServeSection) -> str:

@@ -20,7 +20,7 @@ from composer.mixture.composite import Composite
 from composer.progress import Progress, Step
 from composer.serving.engines import EngineSettings, Seat
 from composer.serving.engines.machine import has_gpu
-from composer.serving.places import Place, dtype_of, places_of, threads_for
+from composer.serving.places import Place, dtype_of, longest, places_of, threads_for
 from composer.serving.settings import RemoteExpert, ServeSection
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
@@ -193,8 +193,7 @@ class Supervisor:
         """Return the longest sequence of an expert, in tokens."""
         if expert in self._seats:
             return self._seats[expert].place.max_model_len
-        known = self.composite[expert].checkpoint.context_length
-        return min(known or 4096, self.section.max_model_len or 4096)
+        return longest(self.composite[expert].checkpoint, self.section)
 
     def kind(self, expert: str) -> str:
         """Return the name of the kind of engine of an expert."""
