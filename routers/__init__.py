@@ -23,8 +23,16 @@ class Candidate(Value):
     remote_code: bool = False
     """Whether the checkpoint's own Python code may run."""
     examples: tuple[str, ...] = ()
+    groups: tuple[int, ...] = ()
+    """How many of the examples belong together, in their order: those of each model that a merged expert is made of.
+    Empty if they are all of one kind."""
     reads: bool = True
     """Whether its layers may read prompts."""
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """How many examples there are of each kind of request."""
+        return tuple(count for count in self.groups if count) or (len(self.examples),)
 
 
 class Labelled(Value):
@@ -77,6 +85,8 @@ class RouterManifest(Value):
     kind: str
     experts: tuple[str, ...]
     policy: Policy
+    owners: tuple[int, ...] = ()
+    """Place among the experts of the one that each gate is for; empty if each has one, in their order."""
     encoder: EncoderManifest | None = None
     """None for a router that does not read."""
     leave_one_out: float | None = None

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from composer.errors import RouterError
 from composer.registry import nearest
@@ -28,6 +28,8 @@ FEW = 5
 """Examples that an expert should have."""
 FOLDS = 10
 """Parts in which gates that take long to fit are tried on what they have not seen."""
+CLEAR = 0.8
+"""Of layers that are right equally often, those that are this nearly as clear as the clearest will do."""
 
 
 class Gates(Protocol):
@@ -41,13 +43,15 @@ class Gates(Protocol):
     """Whether labelled texts are of use beside the examples."""
     quick: bool
     """Whether fitting takes so little that every layer can be tried with every example left out."""
+    grouped: bool
+    """Whether an expert whose examples are of several kinds has a gate for each kind; its score is the best of them."""
 
     def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Make the gates.
 
         Args:
             features: `[texts, width]`.
-            shares: `[texts, experts]`, each row adds up to one: how far an expert is right for a text.
+            shares: `[texts, gates]`, each row adds up to one: how far a gate is right for a text.
             seed: Of what is drawn at random.
 
         Returns:
@@ -56,11 +60,11 @@ class Gates(Protocol):
         ...
 
     def score(self, weights: dict[str, Tensor], features: Tensor) -> Tensor:
-        """Return the scores of texts, `[texts, experts]`, from their features, `[texts, width]`."""
+        """Return the scores of texts, `[texts, gates]`, from their features, `[texts, width]`."""
         ...
 
     def directions(self, weights: dict[str, Tensor]) -> Tensor | None:
-        """Return the experts' directions among standardised features, `[experts, width]`; None if there are none."""
+        """Return the gates' directions among standardised features, `[gates, width]`; None if there are none."""
         ...
 
 
@@ -76,7 +80,7 @@ class GatedRouter:
     @torch.inference_mode()
     def route(self, text: str) -> Decision:
         """Return the expert for one text."""
-        scores = self.gates.score(self.weights, self.encoder(text)[None])[0]
+        scores = by_expert(self.gates.score(self.weights, self.encoder(text)[None]), self.manifest.owners)[0]
         return self.manifest.policy.decide(dict(zip(self.manifest.experts, scores.tolist(), strict=True)))
 
 
@@ -90,7 +94,8 @@ class GatedKind:
     def build(self, brief: Brief, directory: Path) -> RouterManifest:
         """Choose the encoder, fit the gates, and write what they need into `directory`.
 
-        Ties go to the cheaper encoder: fewer layers first, then the smaller model.
+        Of encoders that are equally often right and nearly equally clear, the cheapest is taken: fewer layers first,
+        then the smaller model.
 
         Raises:
             RouterError: if an expert has no example, two have the same ones, or the encoder cannot be loaded.
@@ -99,29 +104,31 @@ class GatedKind:
         check_examples(candidates)
         names = tuple(one.id for one in candidates)
         texts = [text for one in candidates for text in one.examples]
-        shares = shares_of(candidates)
-        encoder = self._choose(brief, texts, shares)
+        owners = owners_of(candidates) if self.gates.grouped else ()
+        shares = shares_of(candidates, owners=owners)
+        encoder = self._choose(brief, texts)
         if brief.table:
             encoder = make_table(encoder.source, encoder.layers, candidates, directory)
         # Fitted to what the router itself will read, to the last bit.
         read = load_encoder(encoder, directory, candidates, bos=self.gates.bos, pool=self.gates.pool)
         features = torch.stack([read(text) for text in texts])
-        pairs = left_out(self.gates, features, shares, brief.seed)
+        pairs = [one.pair for one in left_out(self.gates, features, shares, owners, brief.seed)]
         labelled = brief.labelled if self.gates.learns else ()
         if labelled:
             read = load_encoder(encoder, directory, candidates, bos=self.gates.bos)
             features = torch.cat([features, torch.stack([read(one.text) for one in labelled])])
-            shares = shares_of(candidates, labelled)
+            shares = shares_of(candidates, labelled, owners)
         weights = self.gates.fit(features, shares, brief.seed)
         save_file({name: one.contiguous() for name, one in weights.items()}, directory / WEIGHTS)
         confused = Counter(f"{names[a]} -> {names[b]}" for a, b in pairs if a != b)
         accuracy = macro(pairs) if pairs else None
         directions = self.gates.directions(weights)
-        condition = None if directions is None else condition_number(directions)
+        condition = None if directions is None else condition_number(_mean_by_expert(directions, owners))
         return RouterManifest(
             kind=self.name,
             experts=names,
             policy=brief.policy,
+            owners=owners,
             encoder=encoder,
             leave_one_out=accuracy,
             confusions=dict(confused.most_common()),
@@ -136,14 +143,16 @@ class GatedKind:
         encoder = load_encoder(manifest.encoder, directory, candidates, bos=self.gates.bos)
         return GatedRouter(manifest, encoder, self.gates, load_file(directory / WEIGHTS))
 
-    def _choose(self, brief: Brief, texts: list[str], shares: Tensor) -> EncoderManifest:
+    def _choose(self, brief: Brief, texts: list[str]) -> EncoderManifest:
         """Return the encoder that tells the examples apart best."""
         pool = [one for one in brief.candidates if brief.encoder == one.id or (brief.encoder == "auto" and one.reads)]
         if not pool:
             return self._sentence(brief)
         # Gates that take long to fit are chosen a layer for by those of router `prompt`.
         trial = self.gates if self.gates.quick else _quick()
-        best: tuple[float, int, int, str] | None = None
+        owners = owners_of(brief.candidates) if trial.grouped else ()
+        shares = shares_of(brief.candidates, owners=owners)
+        tried: list[_Tried] = []
         failed: list[str] = []
         for candidate in sorted(pool, key=lambda one: one.parameters):
             most = brief.most_layers if brief.layer == "auto" else brief.layer
@@ -156,13 +165,17 @@ class GatedKind:
             if layers[-1] >= len(by_layer):
                 failed.append(f"mixture.router.layer: {brief.layer}, but {candidate.id} has {len(by_layer) - 1} layers")
                 continue
+            only = len(layers) * len(pool) == 1
             for layer in layers:
-                accuracy = macro(left_out(trial, by_layer[layer], shares)) if len(layers) * len(pool) > 1 else 0.0
-                key = (-accuracy, layer, candidate.parameters, candidate.id)
-                best = key if best is None else min(best, key)
-        if best is None:
+                found = [] if only else left_out(trial, by_layer[layer], shares, owners)
+                accuracy = macro([one.pair for one in found])
+                tried.append(_Tried(accuracy, clearness(found), layer, candidate.parameters, candidate.id))
+        if not tried:
             raise RouterError(failed[0])
-        return EncoderManifest(kind="layers", source=best[3], layers=best[1])
+        right = [one for one in tried if one.accuracy == max(other.accuracy for other in tried)]
+        clear = [one for one in right if one.clearness >= CLEAR * max(other.clearness for other in right)]
+        best = min(clear or right, key=lambda one: (one.layer, one.parameters, one.id))
+        return EncoderManifest(kind="layers", source=best.id, layers=best.layer)
 
     def _sentence(self, brief: Brief) -> EncoderManifest:
         names = [one.id for one in brief.candidates]
@@ -176,22 +189,92 @@ class GatedKind:
         return EncoderManifest(kind="sentence", source=brief.encoder)
 
 
-def shares_of(candidates: Sequence[Candidate], labelled: Sequence[Labelled] = ()) -> Tensor:
-    """Return how far each expert is right for each example, then for each labelled text, `[texts, experts]`."""
-    rows = [[float(own is other) for other in candidates] for own in candidates for _ in own.examples]
-    rows += [[one.shares.get(other.id, 0.0) for other in candidates] for one in labelled]
-    return torch.tensor(rows)
+@dataclass(frozen=True)
+class LeftOut:
+    """What gates make of an example that they were made without."""
+
+    own: int
+    """Its expert."""
+    chosen: int
+    lead: float
+    """How far its own expert's score is ahead of the best other one's; negative if it is behind."""
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Its own expert, and the one that was chosen."""
+        return self.own, self.chosen
 
 
-def left_out(gates: Gates, features: Tensor, shares: Tensor, seed: int = 0) -> list[tuple[int, int]]:
-    """Return (own expert, chosen expert) of each example, by gates made without it.
+@dataclass(frozen=True)
+class _Tried:
+    """A layer that could read prompts."""
 
-    Gates that take long to fit leave out several at once. Examples that are their expert's only one are passed over.
+    accuracy: float
+    clearness: float
+    layer: int
+    parameters: int
+    id: str
+
+
+def owners_of(candidates: Sequence[Candidate]) -> tuple[int, ...]:
+    """Return the expert of each gate if there is one for each kind of examples; empty if each expert has one kind."""
+    owners = tuple(place for place, one in enumerate(candidates) for _ in one.kinds)
+    return owners if len(owners) > len(candidates) else ()
+
+
+def by_expert(scores: Tensor, owners: Sequence[int]) -> Tensor:
+    """Return the best score of each expert's gates, `[texts, experts]`.
+
+    Args:
+        scores: `[texts, gates]`.
+        owners: The expert of each gate; empty if each has one, in their order.
+    """
+    if not owners:
+        return scores
+    places = torch.tensor(owners).expand(len(scores), -1)
+    empty = scores.new_full((len(scores), max(owners) + 1), -torch.inf)
+    return empty.scatter_reduce(1, places, scores, "amax")
+
+
+def _mean_by_expert(directions: Tensor, owners: Sequence[int]) -> Tensor:
+    """Return the mean direction of each expert's gates: those of one expert may well be alike."""
+    if not owners:
+        return directions
+    member = nn.functional.one_hot(torch.tensor(owners)).float()
+    return (member / member.sum(dim=0)).T @ directions
+
+
+def shares_of(candidates: Sequence[Candidate], labelled: Sequence[Labelled] = (), owners: Sequence[int] = ()) -> Tensor:
+    """Return how far each gate is right for each example, then for each labelled text, `[texts, gates]`.
+
+    Args:
+        candidates: The experts and their examples.
+        labelled: Texts that are known to be for an expert; its gates share them.
+        owners: From `owners_of`; empty for one gate for each expert.
+    """
+    counts = [one.kinds if owners else (len(one.examples),) for one in candidates]
+    gate = torch.tensor([number for number, count in enumerate(c for own in counts for c in own) for _ in range(count)])
+    of_gate = owners or range(len(candidates))
+    width = len(of_gate)
+    rows = [
+        [one.shares.get(candidates[own].id, 0.0) / (len(counts[own]) if owners else 1) for own in of_gate]
+        for one in labelled
+    ]
+    return torch.cat([nn.functional.one_hot(gate, width).float(), torch.tensor(rows).reshape(-1, width)])
+
+
+def left_out(
+    gates: Gates, features: Tensor, shares: Tensor, owners: Sequence[int] = (), seed: int = 0
+) -> list[LeftOut]:
+    """Return what becomes of each example with gates that are made without it.
+
+    Gates that take long to fit leave out several at once. An example that is the only one of its gate is passed over.
 
     Args:
         gates: What is tried.
         features: `[examples, width]`.
-        shares: `[examples, experts]`.
+        shares: `[examples, gates]`.
+        owners: The expert of each gate; empty if each has one, in their order.
         seed: Of what is drawn at random.
     """
     labels = shares.argmax(dim=1)
@@ -207,14 +290,29 @@ def left_out(gates: Gates, features: Tensor, shares: Tensor, seed: int = 0) -> l
             folds.setdefault(seen[own] % FOLDS, []).append(place)
             seen[own] += 1
         parts = list(folds.values())
-    pairs = []
+    of_gate = owners or range(shares.shape[1])
+    found = []
     for part in parts:
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[part] = False
         weights = gates.fit(features[kept], shares[kept], seed)
-        chosen = gates.score(weights, features[part]).argmax(dim=1)
-        pairs += [(int(labels[place]), int(one)) for place, one in zip(part, chosen, strict=True)]
-    return pairs
+        scores = by_expert(gates.score(weights, features[part]), owners)
+        for place, row in zip(part, scores, strict=True):
+            own = of_gate[int(labels[place])]
+            others = torch.cat([row[:own], row[own + 1 :]])
+            found.append(LeftOut(own, int(row.argmax()), float(row[own] - others.max()) if len(others) else 0.0))
+    return found
+
+
+def clearness(found: Sequence[LeftOut]) -> float:
+    """Return the mean lead of the experts that are right over its standard deviation; scale-free, 0 if there is none.
+
+    It goes on telling layers apart where they are all right on a few examples.
+    """
+    leads = torch.tensor([one.lead for one in found])
+    if len(leads) < 2 or not bool(leads.isfinite().all()):
+        return 0.0
+    return float(leads.mean() / leads.std(correction=0).clamp_min(1e-12))
 
 
 def macro(pairs: list[tuple[int, int]]) -> float:

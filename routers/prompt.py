@@ -2,8 +2,9 @@
 
 After Model-GLUE's prompt vectors (arXiv 2410.05357, section 3.3), with the two changes without which they do
 not route: per-dimension standardisation, since a few massive dimensions drown all others, and whole requests
-instead of keywords. Features are means over the text's tokens at an early layer; the gate of an expert is the
-direction from the mean of all other experts' examples to the mean of its own.
+instead of keywords. Features are means over the text's tokens at an early layer; a gate is the direction from the mean
+of all other examples to the mean of its own. An expert has one, or, if it was merged from several models, one for the
+examples of each: the mean of sums and film reviews is the middle of nowhere.
 """
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class LinearGates:
     bos = False
     learns = False
     quick = True
+    grouped = True
 
     def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Fold standardisation and one-vs-rest mean differences into one linear layer; see `Gates.fit`."""

@@ -19,6 +19,7 @@ class GlueGates(LinearGates):
 
     pool: Pool = "last"
     bos = True
+    grouped = False
 
     def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Return the differences of means, scaled to length 1; see `Gates.fit`."""

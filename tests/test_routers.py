@@ -13,7 +13,17 @@ from composer.errors import RouterError
 from composer.zoo import Checkpoint
 from routers import ROUTERS, Brief, Candidate, Labelled, Policy
 from routers.encoders import LayersEncoder, features_by_layer
-from routers.gated import condition_number, left_out, macro, warnings_of
+from routers.gated import (
+    CLEAR,
+    by_expert,
+    clearness,
+    condition_number,
+    left_out,
+    macro,
+    owners_of,
+    shares_of,
+    warnings_of,
+)  # fmt: skip
 from routers.linear import FittedGates
 from routers.mlp import MLPGates
 from routers.prompt import LinearGates, standardisation
@@ -114,10 +124,55 @@ def test_leaving_out_tries_every_example_that_has_company(gates: LinearGates) ->
     torch.manual_seed(0)
     labels = (0, 1, 1, 1, 2, 2, 2)
     features = torch.randn(7, 4) + 5 * torch.nn.functional.one_hot(torch.tensor(labels), 4)
-    pairs = left_out(gates, features, one_hot(*labels))
-    assert sorted(own for own, _ in pairs) == [1, 1, 1, 2, 2, 2]
-    assert macro(pairs) == 1.0
+    found = left_out(gates, features, one_hot(*labels))
+    assert sorted(one.own for one in found) == [1, 1, 1, 2, 2, 2]
+    assert macro([one.pair for one in found]) == 1.0
+    assert all(one.lead > 0 for one in found)
     assert left_out(gates, torch.randn(2, 4), one_hot(0, 1)) == []
+
+
+def test_an_expert_of_many_kinds_has_a_gate_for_each() -> None:
+    """Opposite kinds of one expert cancel out in a common mean; the other expert lies between them."""
+    torch.manual_seed(0)
+    centres = torch.tensor([[9.0, 0.0], [-9.0, 0.0], [0.0, 2.0]])
+    candidates = (
+        Candidate(id="merged", path="", parameters=1, examples=tuple("abcdefghijklmnopqrst"), groups=(10, 0, 10)),
+        Candidate(id="whole", path="", parameters=1, examples=tuple("ABCDEFGHIJ")),
+    )
+    owners = owners_of(candidates)
+    assert owners == (0, 0, 1)
+    assert owners_of(candidates[1:]) == owners_of([candidates[0].model_copy(update={"groups": ()})]) == ()
+    kind = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
+    features, gates = centres[kind] + torch.randn(30, 2), LinearGates()
+    grouped = shares_of(candidates, owners=owners)
+    assert torch.equal(grouped.argmax(dim=1), kind)
+    labelled = [Labelled(text="x", shares={"merged": 0.5, "whole": 0.5})]
+    assert shares_of(candidates, labelled, owners)[-1].tolist() == [0.25, 0.25, 0.5]
+    assert shares_of(candidates, labelled)[-1].tolist() == [0.5, 0.5]
+    new = centres[[0, 1, 2] * 50] + torch.randn(150, 2)
+    right = torch.tensor([0, 0, 1] * 50)
+
+    def accuracy(weights: dict[str, torch.Tensor], of_gate: tuple[int, ...]) -> float:
+        return float((by_expert(gates.score(weights, new), of_gate).argmax(dim=1) == right).float().mean())
+
+    assert accuracy(gates.fit(features, grouped), owners) > 0.9
+    assert accuracy(gates.fit(features, shares_of(candidates)), ()) < 0.85
+    alone, together = left_out(gates, features, shares_of(candidates)), left_out(gates, features, grouped, owners)
+    assert macro([one.pair for one in together]) > macro([one.pair for one in alone])
+    assert clearness(together) > clearness(alone)
+
+
+def test_of_layers_that_are_all_right_the_first_clear_one_reads(
+    candidates: tuple[Candidate, ...], tmp_path: Path
+) -> None:
+    manifest = ROUTERS.get("prompt").build(brief(candidates, encoder="script"), tmp_path)
+    assert manifest.encoder is not None
+    by_layer = features_by_layer(candidates[1], (*MATH, *CODE))
+    tried = [left_out(LinearGates(), layer, one_hot(*[0] * 5, *[1] * 5)) for layer in by_layer]
+    right = [macro([one.pair for one in found]) for found in tried]
+    most = max(clearness(found) for found, one in zip(tried, right, strict=True) if one == max(right))
+    good = [place for place, one in enumerate(right) if one == max(right) and clearness(tried[place]) >= CLEAR * most]
+    assert manifest.encoder.layers == good[0]
 
 
 def test_the_condition_number_tells_gates_that_are_alike() -> None:

@@ -110,7 +110,7 @@ class Bench:
         """Return the layer that leave-one-out chooses, as a router does, and the figure it goes by."""
         own = examples(count)
         read = self.features.of(encoder, flat(own))
-        found = [macro(left_out(LinearGates(), layer, shares(own))) for layer in read]
+        found = [macro([one.pair for one in left_out(LinearGates(), layer, shares(own))]) for layer in read]
         best = max(range(len(found)), key=lambda layer: (found[layer], -layer))
         return best, round(found[best], 3)
 
@@ -128,7 +128,7 @@ def depth(bench: Bench) -> None:
                 for kind, gates in (("prompt", LinearGates()), ("linear", FittedGates())):
                     scores = gates.score(gates.fit(read[layer], shares(own)), tests[layer])
                     row[kind] = accuracy(scores, bench.domains, names)[0]
-                health = round(macro(left_out(LinearGates(), read[layer], shares(own))), 3)
+                health = round(macro([one.pair for one in left_out(LinearGates(), read[layer], shares(own))]), 3)
                 show("depth", encoder=encoder, layer=layer, requests=count, leave_one_out=health, **row)
 
 

@@ -18,7 +18,7 @@ from composer.mixture.settings import MixtureSection
 from composer.zoo import Checkpoint, Zoo
 from routers import ROUTERS, SIMPLE, Policy, Router
 
-VERSION = 1
+VERSION = 2
 """Changes when the same experts and settings give another composite."""
 
 
@@ -59,6 +59,7 @@ def choose_experts(
                     checkpoint=outcome.result,
                     members=outcome.merged,
                     examples=tuple(text for name in outcome.merged for text in zoo.examples.get(name, ())),
+                    groups=tuple(len(zoo.examples.get(name, ())) for name in outcome.merged),
                     reason=f"merged from {', '.join(outcome.merged)}",
                 )
             )

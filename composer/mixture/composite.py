@@ -21,6 +21,8 @@ class Expert(Value):
     """The zoo's models it is made of."""
     examples: tuple[str, ...]
     """Requests meant for it: those of its members."""
+    groups: tuple[int, ...] = ()
+    """How many of them each member gave, in their order; empty if they are not the members'."""
     examples_from: str = "the recipe"
     """Where they come from."""
     reason: str

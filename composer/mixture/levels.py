@@ -23,7 +23,7 @@ from routers import ROUTERS, Brief, RouterManifest
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 """Changes when the same experts and settings give another model."""
 
 
@@ -93,7 +93,8 @@ class _Fusion:
                 f"mixture.router.encoder: '{brief.encoder}' cannot read the prompt where mixture.top_k is above 1; "
                 f"{', '.join(names) or 'none of the experts'} can, mixture.top_k: 1 takes any"
             )
-        pool = tuple(one.model_copy(update={"reads": one.id in names}) for one in brief.candidates)
+        # The gate inside has one row for each expert.
+        pool = tuple(one.model_copy(update={"reads": one.id in names, "groups": ()}) for one in brief.candidates)
         self.brief = brief.model_copy(update={"candidates": pool})
 
     def write(self, directory: Path) -> RouterManifest:
@@ -175,7 +176,7 @@ class _Layers:
         if self._level == "ffn":
             weight, bias = without_bias(weight, seen), None
         count = len(texts)
-        pairs = [left_out(kind.gates, layer[:count], shares[:count]) for layer in seen]
+        pairs = [[one.pair for one in left_out(kind.gates, layer[:count], shares[:count])] for layer in seen]
         names = tuple(one.id for one in self.experts)
         confused = Counter(f"{names[a]} -> {names[b]}" for layer in pairs for a, b in layer if a != b)
         accuracy = sum(map(macro, pairs)) / len(pairs) if pairs[0] else None

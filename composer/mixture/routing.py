@@ -30,6 +30,7 @@ def candidates_of(experts: Sequence[Expert]) -> tuple[Candidate, ...]:
             parameters=expert.checkpoint.parameters,
             remote_code=expert.checkpoint.remote_code,
             examples=expert.examples,
+            groups=expert.groups,
         )
         for expert in experts
     )
