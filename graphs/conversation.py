@@ -10,7 +10,7 @@ from composer.chat.calls import Call
 from composer.progress import Step
 from composer.runs import runs_root
 from composer.value import Value
-from graphs.chat import ChatContext, build, cancel, serving_at, stop_serving
+from graphs.chat import ChatContext, build, cancel, serving_in_words, stop_serving
 
 FILE = "conversations.sqlite"
 """LangGraph's checkpoints of all conversations, in the runs directory; one thread for each."""
@@ -123,9 +123,9 @@ class Conversation:
 
     @property
     def serving(self) -> str | None:
-        """What it serves, and where, or None."""
-        return serving_at(self.state.get("finished") or [])
+        """What this process serves, and where, or None."""
+        return serving_in_words()
 
     def close(self) -> None:
-        """Stop what it serves."""
-        stop_serving(self.state.get("finished") or [])
+        """Stop what this process serves."""
+        stop_serving()

@@ -151,6 +151,23 @@ class Session:
             self.server = None
 
 
+def serving() -> Server | None:
+    """Return what this process serves, of whatever run; one composite at a time."""
+    return next((one.server for one in _SESSIONS.values() if one.server is not None), None)
+
+
+def adopt(directory: Path, server: Server) -> None:
+    """Let what a command serves be found, and stopped to make room, as if a run of this process served it."""
+    _SESSIONS[str(directory)] = Session(Run(directory), server)
+
+
+def close(but: str = "") -> None:
+    """Stop what this process serves and holds, but for one run."""
+    for path, session in list(_SESSIONS.items()):
+        if path != but:
+            session.close()
+
+
 def stop() -> bool:
     """Tell all runs of this process to stop; return whether there are any."""
     for session in _SESSIONS.values():
