@@ -113,6 +113,7 @@ class Session:
             store=self.run.store,
             executor=lambda: self.executor,  # a cluster is not joined before something is to be done
             progress=progress,
+            weights=recipe.evaluate.weights,
         )
 
     def rest(self) -> None:

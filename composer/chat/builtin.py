@@ -18,6 +18,8 @@ from composer.merging.operators import OPERATORS
 from composer.merging.strategies import STRATEGIES
 
 LIST_AT_MOST = 8
+TWICE = 2.0
+"""How much a task counts that "matters most"."""
 ORDERS: dict[str, Callable[[], Any]] = {
     "models": calls.ListModels,
     "status": calls.Status,
@@ -391,6 +393,22 @@ class _Listening:
     def _held(self, clause: Tree[Token]) -> None:
         self._protect(clause)
 
+    def _prefer(self, clause: Tree[Token]) -> None:
+        tokens = _tokens([clause])
+        if any(token.type == "EQUALLY" for token in tokens):
+            self._more("forget", ["weights"])
+            return
+        even = next((str(token) for token in tokens if str(token).lower() in ("as important", "as much as")), None)
+        if even and not any(token.type == "TIMES" for token in tokens):
+            raise _AskError(
+                Question(text=f"'{even}' weighs both the same; which one is to count more, and how many times?")
+            )
+        times = next((float(token.value) for token in tokens if token.type in ("TIMES", "NUMBER")), TWICE)
+        preferred, *others = [one for one in clause.children if isinstance(one, Tree)]
+        weights = self.values.setdefault("weights", {})
+        for names, weight in ((preferred, times), *((one, 1.0) for one in others)):
+            weights |= dict.fromkeys(self._names(Tree("prefer", [names]), "task"), weight)
+
     def _evaluate(self, clause: Tree[Token]) -> None:
         also = any(token.type == "ALSO" for token in _tokens([clause]))
         adding = str(_first(clause, "EVALUATE")).lower().startswith("add")
@@ -428,10 +446,11 @@ class _Listening:
             self._set("accept", "proxy", "accept")
         for token in tokens:
             if token.type == "LIMIT":
+                words = {"item": "items", "priorities": "weights", "weights": "weights"}
                 named = next(
-                    (one for one in ("size", "time", "memory", "disk", "item") if one in str(token).lower()), "all"
+                    (one for one in ("size", "time", "memory", "disk", *words) if one in str(token).lower()), "all"
                 )
-                self._more("forget", [{"item": "items"}.get(named, named)])
+                self._more("forget", [words.get(named, named)])
         guarded = self.draft.document.get("merge", {}).get("protect", [])
         lists = [one for one in clause.children if isinstance(one, Tree)]
         for token in (one for tree in lists for one in tree.children if isinstance(one, Token)):

@@ -39,6 +39,20 @@ PHRASES: dict[str, str] = {
     "protect|make sure|make sure that|ensure|ensure that|guarantee|guard|see to it that|be careful with|"
     "without losing|without hurting|without harming|don't let|do not let|must keep|do not lose|don't lose|"
     "must not lose|do not hurt|don't hurt|safeguard",
+    "PREFER": "prioritise|prioritize|prioritising|prioritizing|with priority on|priority on|priority to|priority for|"
+    "give priority to|focus on|focusing on|with focus on|with a focus on|focus is on|concentrate on|emphasise|"
+    "emphasize|with emphasis on|put emphasis on|emphasis on|weigh|weight|favour|favor|care most about|"
+    "i care most about|mostly care about|i mostly care about|care more about|i care more about|what matters most is|"
+    "what matters is|what counts is|what counts most is|most important is|the most important is|"
+    "the most important task is|the main thing is|the priority is|my priority is|count",
+    "MATTER": "matters most|matter most|matters more|matter more|matters|matter|most important|more important|"
+    "as important|important|counts more|counts most|counts|comes first|come first|has priority|have priority|"
+    "a priority|the priority|top priority|highest priority|crucial|essential|the most important|"
+    "the most important one",
+    "THAN": "than|as much as",
+    "EQUALLY": "weigh all tasks equally|count all tasks equally|all tasks equally|equal weights|weigh them equally|"
+    "equally important|no priorities|all tasks count the same|same weight for all tasks|treat all tasks the same|"
+    "weigh them all the same|weigh all tasks the same|all tasks matter the same|all tasks matter equally",
     "DROP": "worse|be worse|drop|drops|dropping|get worse|gets worse|suffer|suffers|decline|declines|fall|falls|"
     "regress|regresses|"
     "degrade|degrades|lose|loses|worsen|go down|goes down|deteriorate|become worse|losing",
@@ -51,8 +65,9 @@ PHRASES: dict[str, str] = {
     "not be over|not over|in under|in less than|limit|smaller|no longer than|not longer than|not take longer than",
     "OVER": "over|above|at least|more than|no less than|not less than|bigger than|larger than|minimum|not under|"
     "no smaller than|not smaller than|greater than",
-    "LIMIT": "size limit|limit on size|limit on the size|time limit|memory limit|disk limit|limit on time|"
-    "limit on items|item limit|limit on the time",
+    "LIMIT": "priorities|task weights|"
+    "size limit|limit on size|limit on the size|time limit|memory limit|disk limit|"
+    "limit on time|limit on items|item limit|limit on the time",
     "ALIKE": "alike|similar|similarity|the same|identical",
     "THRESHOLD": "threshold|similarity threshold|cluster threshold|threshold of|threshold to",
     "VAGUE": "improve|improved|fancy|clever|fine|sensible|efficient|accurate enough|short|high quality|quality|"
@@ -197,6 +212,10 @@ VALUED: dict[str, dict[str, str]] = {
         "random": "random router|random routing",
     },
     "SIZE": {"1000000": "one million|a million|one million parameters", "1000000000": "one billion|a billion"},
+    "TIMES": {
+        "2": "twice|double|twice as|twice as much|doubly",
+        "3": "triple|thrice",
+    },
     "TIME": {
         "60": "an hour|one hour|1 hour",
         "30": "half an hour",
@@ -217,8 +236,9 @@ UNITS: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("gb", "gib", "gigabyte", "gigabytes"), ("MEMORY", 1.0)),
     **dict.fromkeys(("mb", "mib", "megabyte", "megabytes"), ("MEMORY", 1e-3)),
     **dict.fromkeys(("%", "percent"), ("PERCENT", 1e-2)),
+    **dict.fromkeys(("times", "fold"), ("TIMES", 1.0)),
 }  # fmt: skip
-"""Units after a number: the token, and what one of it is (minutes, GB, parameters)."""
+"""Units after a number: the token, and what one of it is (minutes, GB, parameters, times)."""
 
 NUMBERS = {
     name: value
