@@ -11,7 +11,7 @@ from composer.chat.calls import Question, Understood
 from composer.chat.draft import TRIES, Draft, changed
 from composer.chat.edit import Edit
 from composer.chat.language import Heard, hear
-from composer.chat.names import matching, nearest_names
+from composer.chat.names import matching, nearest_names, parts
 from composer.chat.shelf import Shelf
 from composer.errors import ComposerError, RecipeError
 from composer.merging.operators import OPERATORS
@@ -231,6 +231,8 @@ class _Listening:
         known = self.shelf.models if role == "model" else self.shelf.tasks
         if said in self.bound:
             return self.bound[said]
+        if token.type == "ALL" and said.lower() == "both":
+            return self._both(role)
         if token.type == "ALL":
             everything = self._everything(role, said)
             self.grouped |= set(everything)
@@ -266,9 +268,20 @@ class _Listening:
             return self.draft.tasks
         return (
             self.draft.models
-            if said.lower() in ("them all", "both", "the rest", "the others", "all others")
+            if said.lower() in ("them all", "the rest", "the others", "all others")
             else self.shelf.models
         )
+
+    def _both(self, role: str) -> tuple[str, ...]:
+        """Return the two that were named before: in this message, else in the draft."""
+        named = tuple(dict.fromkeys(self.lists.get("models", ()))) or self.draft.models
+        found = named
+        if role == "task":
+            tasks = [task for name in named for part in parts(name) for task in self.shelf.task(part)]
+            found = tuple(dict.fromkeys(task for task in tasks if task in self.shelf.tasks))
+        if len(found) != 2:
+            raise _AskError(Question(text=f"which two {role}s?", word="both", said=self.said))
+        return found
 
     def _of_size(self, size: float) -> tuple[str, ...]:
         known = self.shelf.parameters(self.shelf.models)
@@ -382,6 +395,13 @@ class _Listening:
         )
         raise _AskError(Question(text=f"'{word}' can be many things: {how}?", said=self.said, join="{answer}"))
 
+    def _swap(self, clause: Tree[Token]) -> None:
+        names = self._names(clause)
+        if len(names) != 2:
+            raise _AskError(Question(text="swap which model for which? e.g. 'swap MODEL for MODEL'", said=self.said))
+        self._more("leave_out", names[:1])
+        self._more("add", names[1:])
+
     def _protect(self, clause: Tree[Token]) -> None:
         names = self._names(clause, "task")
         if not names and not self.lists.get("protect"):
@@ -459,9 +479,10 @@ class _Listening:
             elif token.type != "AND":
                 held = matching(str(token), guarded)
                 self._more("unprotect" if held else "leave_out", list(held) or list(self._one(token, "model")))
-        if any(token.type == "PROTECT" for token in tokens) and not lists:
+        guarding = any(token.type == "PROTECT" or "protect" in str(token).lower() for token in tokens)
+        if guarding and not lists:
             self._more("forget", ["protect"])
-        if len(tokens) == 1:
+        elif len(tokens) == 1:
             self.orders.append(calls.ShowDraft())
 
     def _serve(self, clause: Tree[Token]) -> None:
