@@ -26,7 +26,7 @@ from composer.artefacts import digest
 from composer.cli import _quiet_libraries
 from routers import Candidate
 from routers.encoders import features_by_layer, load_encoder, make_table
-from routers.gated import Gates, left_out, macro
+from routers.gated import Gates, Tried, chosen_of, clearness, left_out, macro
 from routers.linear import FittedGates
 from routers.mlp import MLPGates
 from routers.policy import Policy
