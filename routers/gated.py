@@ -44,7 +44,7 @@ class Gates(Protocol):
     quick: bool
     """Whether fitting takes so little that every layer can be tried with every example left out."""
     grouped: bool
-    """Whether an expert whose examples are of several kinds has a gate for each kind; its score is the best of them."""
+    """Whether an expert whose examples are of several kinds has a gate for each kind; see `by_expert`."""
 
     def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Make the gates.
@@ -104,8 +104,10 @@ class GatedKind:
         check_examples(candidates)
         names = tuple(one.id for one in candidates)
         texts = [text for one in candidates for text in one.examples]
-        owners = owners_of(candidates) if self.gates.grouped else ()
-        shares = shares_of(candidates, owners=owners)
+        labelled = brief.labelled if self.gates.learns else ()
+        # Labelled texts say which expert is right, not for which of its kinds of requests.
+        owners = owners_of(candidates) if self.gates.grouped and not labelled else ()
+        shares = kinds_of(candidates) if owners else shares_of(candidates)
         encoder = self._choose(brief, texts)
         if brief.table:
             encoder = make_table(encoder.source, encoder.layers, candidates, directory)
@@ -113,11 +115,10 @@ class GatedKind:
         read = load_encoder(encoder, directory, candidates, bos=self.gates.bos, pool=self.gates.pool)
         features = torch.stack([read(text) for text in texts])
         pairs = [one.pair for one in left_out(self.gates, features, shares, owners, brief.seed)]
-        labelled = brief.labelled if self.gates.learns else ()
         if labelled:
             read = load_encoder(encoder, directory, candidates, bos=self.gates.bos)
             features = torch.cat([features, torch.stack([read(one.text) for one in labelled])])
-            shares = shares_of(candidates, labelled, owners)
+            shares = shares_of(candidates, labelled)
         weights = self.gates.fit(features, shares, brief.seed)
         save_file({name: one.contiguous() for name, one in weights.items()}, directory / WEIGHTS)
         confused = Counter(f"{names[a]} -> {names[b]}" for a, b in pairs if a != b)
@@ -151,7 +152,7 @@ class GatedKind:
         # Gates that take long to fit are chosen a layer for by those of router `prompt`.
         trial = self.gates if self.gates.quick else _quick()
         owners = owners_of(brief.candidates) if trial.grouped else ()
-        shares = shares_of(brief.candidates, owners=owners)
+        shares = kinds_of(brief.candidates) if owners else shares_of(brief.candidates)
         tried: list[Tried] = []
         failed: list[str] = []
         for candidate in sorted(pool, key=lambda one: one.parameters):
@@ -231,15 +232,16 @@ def owners_of(candidates: Sequence[Candidate]) -> tuple[int, ...]:
 def by_expert(scores: Tensor, owners: Sequence[int]) -> Tensor:
     """Return the best score of each expert's gates, `[texts, experts]`.
 
+    Not the sum of their chances: gates from few examples are unsure, and many unsure ones would outweigh one.
+
     Args:
         scores: `[texts, gates]`.
         owners: The expert of each gate; empty if each has one, in their order.
     """
     if not owners:
         return scores
-    places = torch.tensor(owners).expand(len(scores), -1)
-    empty = scores.new_full((len(scores), max(owners) + 1), -torch.inf)
-    return empty.scatter_reduce(1, places, scores, "amax")
+    places = torch.tensor(owners)
+    return torch.stack([scores[:, places == one].amax(dim=1) for one in range(max(owners) + 1)], dim=1)
 
 
 def _mean_by_expert(directions: Tensor, owners: Sequence[int]) -> Tensor:
@@ -250,23 +252,18 @@ def _mean_by_expert(directions: Tensor, owners: Sequence[int]) -> Tensor:
     return (member / member.sum(dim=0)).T @ directions
 
 
-def shares_of(candidates: Sequence[Candidate], labelled: Sequence[Labelled] = (), owners: Sequence[int] = ()) -> Tensor:
-    """Return how far each gate is right for each example, then for each labelled text, `[texts, gates]`.
+def shares_of(candidates: Sequence[Candidate], labelled: Sequence[Labelled] = ()) -> Tensor:
+    """Return how far each expert is right for each example, then for each labelled text, `[texts, experts]`."""
+    rows = [[float(own is other) for other in candidates] for own in candidates for _ in own.examples]
+    rows += [[one.shares.get(other.id, 0.0) for other in candidates] for one in labelled]
+    return torch.tensor(rows)
 
-    Args:
-        candidates: The experts and their examples.
-        labelled: Texts that are known to be for an expert; its gates share them.
-        owners: From `owners_of`; empty for one gate for each expert.
-    """
-    counts = [one.kinds if owners else (len(one.examples),) for one in candidates]
-    gate = torch.tensor([number for number, count in enumerate(c for own in counts for c in own) for _ in range(count)])
-    of_gate = owners or range(len(candidates))
-    width = len(of_gate)
-    rows = [
-        [one.shares.get(candidates[own].id, 0.0) / (len(counts[own]) if owners else 1) for own in of_gate]
-        for one in labelled
-    ]
-    return torch.cat([nn.functional.one_hot(gate, width).float(), torch.tensor(rows).reshape(-1, width)])
+
+def kinds_of(candidates: Sequence[Candidate]) -> Tensor:
+    """Return which gate each example is for where each kind of examples has one, `[texts, gates]`."""
+    counts = [count for one in candidates for count in one.kinds]
+    gate = [number for number, count in enumerate(counts) for _ in range(count)]
+    return nn.functional.one_hot(torch.tensor(gate), len(counts)).float()
 
 
 def left_out(

@@ -19,7 +19,7 @@ class FittedGates(LinearGates):
 
     learns = True
     quick = False
-    grouped = False
+    grouped = True
 
     def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Fit to standardised features, and fold the standardisation in; see `Gates.fit`."""

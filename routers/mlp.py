@@ -21,7 +21,7 @@ class MLPGates:
     bos = False
     learns = True
     quick = False
-    grouped = False
+    grouped = True
 
     def fit(self, features: Tensor, shares: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Minimise the cross-entropy with the shares by AdamW; see `Gates.fit`."""

@@ -18,6 +18,7 @@ from routers.gated import (
     by_expert,
     clearness,
     condition_number,
+    kinds_of,
     left_out,
     macro,
     owners_of,
@@ -144,11 +145,8 @@ def test_an_expert_of_many_kinds_has_a_gate_for_each() -> None:
     assert owners_of(candidates[1:]) == owners_of([candidates[0].model_copy(update={"groups": ()})]) == ()
     kind = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
     features, gates = centres[kind] + torch.randn(30, 2), LinearGates()
-    grouped = shares_of(candidates, owners=owners)
+    grouped = kinds_of(candidates)
     assert torch.equal(grouped.argmax(dim=1), kind)
-    labelled = [Labelled(text="x", shares={"merged": 0.5, "whole": 0.5})]
-    assert shares_of(candidates, labelled, owners)[-1].tolist() == [0.25, 0.25, 0.5]
-    assert shares_of(candidates, labelled)[-1].tolist() == [0.5, 0.5]
     new = centres[[0, 1, 2] * 50] + torch.randn(150, 2)
     right = torch.tensor([0, 0, 1] * 50)
 
@@ -160,6 +158,27 @@ def test_an_expert_of_many_kinds_has_a_gate_for_each() -> None:
     alone, together = left_out(gates, features, shares_of(candidates)), left_out(gates, features, grouped, owners)
     assert macro([one.pair for one in together]) > macro([one.pair for one in alone])
     assert clearness(together) > clearness(alone)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_merged_expert_is_found_by_each_kind_of_its_requests(
+    name: str, candidates: tuple[Candidate, ...], tmp_path: Path
+) -> None:
+    plays = ("O that this too too solid flesh would melt", "Now is the winter of our discontent",
+             "What's in a name? that which we call a rose", "The quality of mercy is not strained",
+             "If music be the food of love, play on")  # fmt: skip
+    merged = candidates[0].model_copy(update={"examples": (*MATH, *plays), "groups": (5, 5)})
+    kind = ROUTERS.get(name)
+    manifest = kind.build(brief((merged, candidates[1]), encoder="script"), tmp_path)
+    assert manifest.owners == (0, 0, 1)
+    assert manifest.experts == ("stories-math", "script")
+    router = kind.load(manifest, tmp_path, (merged, candidates[1]))
+    for text, expert in {**NEW, "Shall I compare thee to a summer's day?": "stories-math"}.items():
+        decision = router.route(text)
+        assert decision.expert == expert
+        assert set(decision.scores) == set(manifest.experts)
+    learnt = kind.build(brief((merged, candidates[1]), encoder="script", labelled=LABELLED), tmp_path)
+    assert learnt.owners == (() if name != "prompt" else (0, 0, 1)), "labels are for experts, not for kinds of requests"
 
 
 def test_of_layers_that_are_all_right_the_first_clear_one_reads(

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,14 @@ from composer.artefacts import digest
 from composer.cli import _quiet_libraries
 from routers import Candidate
 from routers.encoders import features_by_layer, load_encoder, make_table
-from routers.gated import Gates, Tried, chosen_of, clearness, left_out, macro
+from routers.gated import Gates, Tried, by_expert, chosen_of, clearness, kinds_of, left_out, macro, owners_of, shares_of
 from routers.linear import FittedGates
 from routers.mlp import MLPGates
 from routers.policy import Policy
 from routers.prompt import LinearGates
 from routers.prompt_glue import GlueGates
 
-PARTS = ("depth", "kinds", "unseen", "unknown", "tables")
+PARTS = ("depth", "kinds", "merged", "unseen", "unknown", "tables")
 ENCODERS = ("smollm2-135m-instruct", "stories15m", "qwen2.5-coder-0.5b-instruct")
 DEEPEST = {"smollm2-135m-instruct": 30, "stories15m": 6, "qwen2.5-coder-0.5b-instruct": 8}
 """Layers that are read; each of the last one's costs 60 ms a prompt."""
@@ -178,6 +179,47 @@ def kinds(bench: Bench) -> None:
                  accuracy=found_layers[best], median_layer=float(np.median([x[0] for x in found_layers])))  # fmt: skip
 
 
+def merged(bench: Bench) -> None:
+    """An expert that was merged from specialists of several domains: one gate for it, or one for each of them.
+
+    Every way to join four of the seven domains; the layer is chosen as routers do, for the gates in question.
+    """
+    encoder, own = ENCODERS[0], examples(5)
+    names, read, tests = list(own), bench.features.of(ENCODERS[0], flat(own)), bench.tested(ENCODERS[0])
+    found: dict[str, list[float]] = {}
+    for joined in combinations(names, 4):
+        alone = [name for name in names if name not in joined]
+        candidates = [
+            Candidate(id="merged", path="", parameters=1, examples=tuple(t for name in joined for t in own[name]),
+                      groups=tuple(len(own[name]) for name in joined)),
+            *(Candidate(id=name, path="", parameters=1, examples=tuple(own[name])) for name in alone),
+        ]  # fmt: skip
+        order = [flat(own).index(text) for one in candidates for text in one.examples]
+        right = torch.tensor([0 if one in joined else 1 + alone.index(one) for one in bench.domains])
+        for kind, owners, gates in (
+            ("a gate for each specialist", owners_of(candidates), LinearGates()),
+            ("a gate for each specialist, fitted", owners_of(candidates), FittedGates()),
+            ("one gate for the merged expert", (), LinearGates()),
+            ("one gate for the merged expert, fitted", (), FittedGates()),
+        ):
+            wanted = kinds_of(candidates) if owners else shares_of(candidates)
+            trial = [left_out(LinearGates(), layer[order], wanted, owners) for layer in read]
+            tried = [
+                Tried(macro([one.pair for one in left]), clearness(left), layer, 0, encoder)
+                for layer, left in enumerate(trial)
+            ]
+            layer = chosen_of(tried).layer
+            weights = gates.fit(read[layer][order], wanted)
+            chosen = by_expert(gates.score(weights, tests[layer]), owners).argmax(dim=1)
+            each = [float((chosen[right == one] == one).float().mean()) for one in range(len(candidates))]
+            found.setdefault(kind, []).append(100 * float(np.mean(each)))
+    for kind, values in found.items():
+        spread = {"mean": np.mean(values), "worst": np.min(values), "best": np.max(values)}
+        show(
+            "merged", kind=kind, encoder=encoder, ways=len(values), **{k: round(float(v), 1) for k, v in spread.items()}
+        )
+
+
 def unseen(bench: Bench) -> None:
     """Fitted with labelled prompts: on data sets that it saw, and on data sets that were left out."""
     encoder = ENCODERS[0]
@@ -279,7 +321,9 @@ def main() -> None:
         parser.error("set COMPOSER_ZOO to the folder with the checkpoints")
     bench = Bench(Features(Path(zoo), options.store), load(options.most))
     for name in options.parts:
-        {"depth": depth, "kinds": kinds, "unseen": unseen, "unknown": unknown, "tables": tables}[name](bench)
+        {"depth": depth, "kinds": kinds, "merged": merged, "unseen": unseen, "unknown": unknown, "tables": tables}[
+            name
+        ](bench)
 
 
 if __name__ == "__main__":
