@@ -26,6 +26,7 @@ from composer.chat.calls import CALL, Question, Understood
 from composer.chat.desk import Desk, composed, is_no, is_yes
 from composer.chat.draft import Draft, begun, changed
 from composer.chat.driver import Driver, make_driver
+from composer.chat.rewrite import rewritten
 from composer.chat.saving import as_yaml, save
 from composer.errors import CancelledError, ComposerError, RecipeError
 from composer.progress import Progress, Step
@@ -33,6 +34,7 @@ from composer.runs import Run, runs_root
 
 if TYPE_CHECKING:
     from composer.planning import Plan
+    from composer.serving.server import Endpoint
     from composer.zoo.checkpoint import Zoo
 
 
@@ -194,6 +196,12 @@ class _Turn:
 
     def _run(self, call: calls.RunDraft) -> None:
         self.planning = True
+
+    def _rewrite(self, call: calls.RewriteDraft) -> None:
+        new = rewritten(self.draft, call.text, self.desk.shelf)
+        self.earlier.append(self.draft.model_dump(mode="json"))
+        self.draft, self.planning = new, True
+        self.say(answers.draft_in_words(new))
 
     def _show_draft(self, call: calls.ShowDraft) -> None:
         self.say(as_yaml(self.draft) if self.draft.tasks else answers.draft_in_words(self.draft))
@@ -366,7 +374,7 @@ def _planned(run: Run, draft: Draft, desk: Desk, progress: Progress) -> "tuple[P
         from graphs.drive import advance
         from graphs.state import ComposeContext
 
-        with desk.working(f"the plan of {run.name}"), run.locked():
+        with desk.working(f"the plan of {run.name}", run), run.locked():
             run.create(draft.recipe)
             context = ComposeContext(run_path=str(run.path))
             context.session.stopping.clear()
@@ -393,7 +401,7 @@ def compose(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal[
     context = ComposeContext(run_path=str(run.path), keep_serving=draft.serve)
     told = []
     try:
-        with desk.working(run.name), run.locked():
+        with desk.working(run.name, run), run.locked():
             stopped = stop_serving(state.get("finished") or [])  # one composite at a time: they share memory and ports
             told = [say(f"stopped {stopped} to make room")] if stopped else []
             context.session.stopping.clear()
@@ -445,11 +453,18 @@ def _loaded() -> Any:
 
 def serving_at(finished: list[str]) -> str | None:
     """Return name and address of what this process serves of some runs, or None."""
+    endpoint = endpoint_of(finished)
+    return f"{endpoint.model} at {endpoint.url}/v1" if endpoint else None
+
+
+def endpoint_of(finished: list[str]) -> "Endpoint | None":
+    """Return the endpoint at which this process serves one of some runs, or None."""
     state = _loaded()
     for path in finished if state else []:
         server = state.ComposeContext(run_path=path).session.server
         if server is not None:
-            return f"{server.endpoint.model} at {server.endpoint.url}/v1"
+            endpoint: Endpoint | None = getattr(server, "endpoint", None)  # None while it comes up
+            return endpoint
     return None
 
 
