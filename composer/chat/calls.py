@@ -156,8 +156,8 @@ CALL: TypeAdapter[Call] = TypeAdapter(Call)
 TOOLS: dict[str, type[Value]] = {
     kind.model_fields["tool"].default: kind
     for kind in (
-        ListModels, InspectModel, CompareModels, DraftRecipe, PlanDraft, RunDraft, RewriteDraft, ShowDraft, Status, Cancel, Serve,
-        Stop, Route, Explain, ShowEvidence, Save, Undo, RollBack, Help,
+        ListModels, InspectModel, CompareModels, DraftRecipe, PlanDraft, RunDraft, RewriteDraft, ShowDraft, Status,
+        Cancel, Serve, Stop, Route, Explain, ShowEvidence, Save, Undo, RollBack, Help,
     )
 }  # fmt: skip
 """All tools by name."""
