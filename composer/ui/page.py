@@ -71,8 +71,9 @@ class Page:
             with ui.element("section").classes("flex flex-col flex-nowrap w-full lg:w-3/5 lg:h-full min-w-0"):
                 self.side.build()
         ui.timer(TICK, self.tick)
+        ui.timer(4 * TICK, self.side.draw)  # figures take a second, and progress does not wait for them
 
-    async def tick(self) -> None:
+    def tick(self) -> None:
         """Show what is new."""
         self.work.look()
         version, running = self.work.version, self.work.running
@@ -81,7 +82,7 @@ class Page:
             self.state.text = in_short(self.work)
             self.chat.refresh()
             self._turn_to_what_matters()
-            await self.side.refresh()
+            self.side.refresh()
         elif running:
             self.side.graph.refresh()
 
@@ -128,7 +129,12 @@ class Chat:
 
     def build(self) -> None:
         """Lay it out."""
-        with ui.scroll_area().classes("grow min-h-0") as self.scroll:
+        with (
+            ui.element("div").classes(
+                "grow min-h-0 overflow-y-auto flex flex-col-reverse flex-nowrap"
+            ),  # begins at its end
+            ui.column().classes("w-full gap-2 p-4 mb-auto"),
+        ):
             self._greet()
             self.messages = ui.column().classes("w-full gap-2").mark("messages")
         self.below = ui.column().classes("w-full gap-2 px-4")
@@ -157,13 +163,10 @@ class Chat:
         with self.messages:
             for one in messages[len(self._shown) :]:
                 self._bubble(one)
-        fresh = len(keys) > len(self._shown)
         self._shown = keys
         self.below.clear()
         with self.below:
             self._answer_or_progress(messages)
-            if fresh:
-                ui.timer(0.2, lambda: self.scroll.scroll_to(percent=1.0), once=True)  # once the browser has drawn it
 
     def _bubble(self, message: dict[str, str]) -> None:
         text = plain(message["text"])
@@ -225,8 +228,9 @@ class Side:
         self.work = work
         self.graph, self.play = Graph(work), Playground(work)
         self.recipe = RecipeEditor(work)
+        self._drawn = -1
         self._zoo: Any = None
-        self._found: Any = None
+        self._found: Any = ""
 
     def build(self) -> None:
         """Lay them out."""
@@ -242,23 +246,29 @@ class Side:
                 self.recipe.build()
             with self._panel("zoo"):
                 self.table = ui.column().classes("w-full")
-                self.zoo = ui.column().classes("w-full gap-3").mark("zoo")
-            with self._panel("evidence"):
-                self.evidence = ui.column().classes("w-full gap-3").mark("evidence")
+                with ui.column().classes("w-full gap-3").mark("zoo") as self.zoo:
+                    ui.spinner()
+            with self._panel("evidence"), ui.column().classes("w-full gap-3").mark("evidence") as self.evidence:
+                ui.spinner()
             with self._panel("playground"):
                 self.play.build()
 
     def _panel(self, name: str) -> Any:
-        return ui.tab_panel(name).classes("flex flex-col gap-4 p-4")
+        return ui.tab_panel(name).classes("flex flex-col flex-nowrap gap-4 p-4")
 
-    async def refresh(self) -> None:
-        """Show what is new in every tab."""
+    def refresh(self) -> None:
+        """Show what is new where that takes no time."""
         self.graph.refresh()
         self.recipe.refresh()
         self.play.refresh()
         self._show_plan()
-        await self._show_zoo()
-        await self._show_evidence()
+
+    async def draw(self) -> None:
+        """Show what is new in tables and figures."""
+        if self._drawn != self.work.version:
+            self._drawn = self.work.version
+            await self._show_zoo()
+            await self._show_evidence()
 
     def _show_plan(self) -> None:
         work, standing = self.work, self.work.standing
@@ -321,7 +331,7 @@ class Side:
         found = await thread.io_bound(views.findings, run)
         if (found is None or not found.verdict) and last and not work.running:
             found = await thread.io_bound(views.findings, Run(work.conversation.root / last[0]))
-        if found is not None and found == self._found:
+        if found == self._found:
             return
         self._found = found
         self.evidence.clear()
