@@ -61,7 +61,7 @@ class Page:
             ui.label("Model Composer").classes("font-semibold whitespace-nowrap")
             ui.label(plain(self.work.conversation.name)).classes("opacity-80 truncate")
             ui.space()
-            self.state = ui.label().classes("text-sm truncate").mark("state")
+            self.state = ui.label().classes("text-sm truncate").props("data-part=state")
         with ui.element("div").classes("flex flex-col lg:flex-row flex-nowrap w-full lg:h-[calc(100vh-2.75rem)]"):
             with ui.element("section").classes(
                 "flex flex-col flex-nowrap w-full lg:w-2/5 h-[72vh] lg:h-full min-w-0 "
@@ -136,7 +136,7 @@ class Chat:
             ui.column().classes("w-full gap-2 p-4 mb-auto"),
         ):
             self._greet()
-            self.messages = ui.column().classes("w-full gap-2").mark("messages")
+            self.messages = ui.column().classes("w-full gap-2").props("data-part=messages")
         self.below = ui.column().classes("w-full gap-2 px-4")
         with ui.row().classes("w-full items-end gap-2 p-3 no-wrap border-t border-gray-300 bg-white"):
             self.box = (
@@ -175,7 +175,7 @@ class Chat:
         look = "ml-8 self-end bg-primary text-white" if own else "mr-4 self-start bg-white border border-gray-300"
         look = f"{look} border-amber-600 bg-amber-50" if wrong else look
         table = PRE if "\n " in text else f"{TEXT} text-sm"
-        ui.label(text).classes(f"{table} {look} rounded-lg px-3 py-2 max-w-full").mark("message")
+        ui.label(text).classes(f"{table} {look} rounded-lg px-3 py-2 max-w-full").props("data-part=message")
 
     def _answer_or_progress(self, messages: list[dict[str, str]]) -> None:
         work, standing = self.work, self.work.standing
@@ -242,13 +242,16 @@ class Side:
             with self._panel("run"):
                 self.graph.build()
             with self._panel("plan"):
-                self.plan = ui.column().classes("w-full gap-3").mark("plan")
+                self.plan = ui.column().classes("w-full gap-3").props("data-part=plan")
                 self.recipe.build()
             with self._panel("zoo"):
                 self.table = ui.column().classes("w-full")
-                with ui.column().classes("w-full gap-3").mark("zoo") as self.zoo:
+                with ui.column().classes("w-full gap-3").props("data-part=zoo") as self.zoo:
                     ui.spinner()
-            with self._panel("evidence"), ui.column().classes("w-full gap-3").mark("evidence") as self.evidence:
+            with (
+                self._panel("evidence"),
+                ui.column().classes("w-full gap-3").props("data-part=evidence") as self.evidence,
+            ):
                 ui.spinner()
             with self._panel("playground"):
                 self.play.build()
@@ -277,7 +280,7 @@ class Side:
             if standing.waits_for == "plan" and work.run is not None and not work.busy:
                 ui.label(plan_of(work.run, work)).classes(
                     f"{PRE} w-full bg-gray-50 border border-gray-300 rounded p-3"
-                ).mark("plan-text")
+                ).props("data-part=plan-text")
                 answers(work, asked("plan", ()))
             elif standing.waits_for == "download" and not work.busy:
                 ui.label(plain(standing.waiting or "")).classes(TEXT)
@@ -302,7 +305,7 @@ class Side:
                 ]
                 ui.table(rows=rows, columns=columns, row_key="model").props("dense flat bordered").classes(
                     "w-full"
-                ).mark("models")
+                ).props("data-part=models")
         figures = await thread.io_bound(views.zoo_figures, work.run, desk.compared)
         if (figures, work.busy) == self._zoo:
             return
@@ -353,7 +356,7 @@ def show_findings(found: views.Findings) -> None:
             ui.link("whole report", f"/report/{found.run}", new_tab=True)
     if found.verdict:
         ui.label(plain(found.verdict)).classes(f"{TEXT} border-l-4 border-cyan-700 pl-3")
-        ui.html(found.table).classes("report").mark("evidence-table")
+        ui.html(found.table).classes("report").props("data-part=evidence-table")
         figure(found.plot, "Mean scores on held-out items, and composite minus each with its 95 % interval")
     if found.experts:
         ui.label("Experts").classes("font-medium")
@@ -361,7 +364,7 @@ def show_findings(found: views.Findings) -> None:
         for name, reason in found.left_out.items():
             ui.label(f"{plain(name)} was left out: {plain(reason)}").classes(NOTE)
     ui.label("Merge tree").classes("font-medium")
-    ui.html(found.trees).classes("report").mark("merge-tree")
+    ui.html(found.trees).classes("report").props("data-part=merge-tree")
 
 
 def plan_of(run: Run, work: Work) -> str:
@@ -399,8 +402,8 @@ class Graph:
     def build(self) -> None:
         """Lay it out."""
         self.title = ui.label().classes("font-medium")
-        self.flow = ui.row().classes("w-full items-center gap-x-1 gap-y-2").mark("graph")
-        self.now = ui.label().classes(f"{TEXT} text-sm").mark("now")
+        self.flow = ui.row().classes("w-full items-center gap-x-1 gap-y-2").props("data-part=graph")
+        self.now = ui.label().classes(f"{TEXT} text-sm").props("data-part=now")
         self.bar = ui.linear_progress(value=0, show_value=False, size="8px").props("rounded instant-feedback")
 
     def refresh(self) -> None:
@@ -478,8 +481,8 @@ class RecipeEditor:
             "w-full border border-gray-300 rounded"
         ):
             self.editor = ui.codemirror(language="YAML", line_wrapping=True).classes("w-full h-80 text-xs")
-            self.editor.mark("recipe")
-            self.said = ui.label().classes(f"{TEXT} text-sm").mark("recipe-said")
+            self.editor.props("data-part=recipe")
+            self.said = ui.label().classes(f"{TEXT} text-sm").props("data-part=recipe-said")
             with ui.row().classes("gap-2"):
                 ui.button("Check", on_click=self.check).props("outline no-caps dense padding='xs md'")
                 ui.button("Use it and plan", on_click=self.use).props("no-caps dense padding='xs md'")
@@ -541,7 +544,7 @@ class Playground:
                     .on("keydown.enter.exact.prevent", self.ask)
                 )
                 ui.button("Ask", on_click=self.ask).props("no-caps")
-        self.answers = ui.column().classes("w-full gap-3").mark("answers")
+        self.answers = ui.column().classes("w-full gap-3").props("data-part=answers")
 
     def refresh(self) -> None:
         """Show whether there is anything to talk to."""
@@ -579,8 +582,8 @@ class Playground:
         self.prompt.value = ""
         with self.answers, ui.column().classes("w-full gap-1 border border-gray-300 rounded-lg p-3") as card:
             ui.label(plain(prompt)).classes(f"{TEXT} text-sm text-gray-600")
-            expert = ui.label("…").classes("text-xs font-medium text-primary").mark("expert")
-            answer = ui.label().classes(f"{TEXT} text-sm").mark("answer")
+            expert = ui.label("…").classes("text-xs font-medium text-primary").props("data-part=expert")
+            answer = ui.label().classes(f"{TEXT} text-sm").props("data-part=answer")
         card.move(target_index=0)
         composite = Run(self.work.conversation.root / self.work.standing.finished[-1]).composite.resolve()
         try:

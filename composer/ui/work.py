@@ -36,16 +36,13 @@ class Work:
         """Which of the last answers are about something that went wrong."""
         self.elsewhere: str | None = None
         """What another process works on: one run has the machine."""
+        self.busy = False
+        """Whether something is being done."""
         self.version = 0
         """Grows whenever something is new."""
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._seen = self._stamp()
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is being done."""
-        return self._thread is not None and self._thread.is_alive()
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -99,6 +96,7 @@ class Work:
         if self._stamp() != self._seen or elsewhere != self.elsewhere:
             self.elsewhere = elsewhere
             self._read()
+            self.version += 1
 
     def close(self) -> None:
         """Stop what is being done, and what is served."""
@@ -112,6 +110,7 @@ class Work:
             if self.busy:
                 raise BusyError("one thing at a time: wait until it is done, or press Stop")
             self.said, self.step, self.error, self.endpoint = heard, None, "", None
+            self.busy = True
             self._thread = threading.Thread(target=self._do, args=(begin,), daemon=True, name="conversation")
             self._thread.start()
             self.version += 1
@@ -130,14 +129,14 @@ class Work:
             self.error = f"{type(error).__name__}: {error}"
         finally:
             self._read()
+            self.busy = False
+            self.version += 1
 
     def _read(self) -> None:
-        self._seen = self._stamp()
-        wrong = {one["text"] for one in self.said if one.get("code", "0") != "0"}
-        self.standing, self.endpoint = self.conversation.standing, self.conversation.endpoint
-        self.said, self.step = [], None
-        self.wrong = wrong
-        self.version += 1
+        self.wrong |= {one["text"] for one in self.said if one.get("code", "0") != "0"}
+        self.endpoint, self.step = self.conversation.endpoint, None
+        self.standing, self.said = self.conversation.standing, []
+        self._seen = self._stamp()  # reading changes SQLite's files too
 
     def _stamp(self) -> tuple[int, ...]:
         """Return what changes when any process writes the conversations."""
