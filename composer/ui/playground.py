@@ -1,87 +1,86 @@
-"""Asking a served composite, and hearing which expert answers."""
+"""The playground: talks to the composite that is served."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from nicegui import ui
 
-import httpx
-import orjson
-
-from composer.errors import ServeError
-from composer.mixture.composite import Composite
-from composer.value import Value
-
-if TYPE_CHECKING:
-    from composer.serving.server import Endpoint
-
-TOKENS = 96
-"""Tokens of an answer, at most."""
-LONGEST_PROMPT = 20_000
-"""Characters."""
+from composer.chat import calls
+from composer.errors import ComposerError
+from composer.runs import Run
+from composer.ui import asking
+from composer.ui.look import NOTE, TEXT, tried
+from composer.ui.views import plain
+from composer.ui.work import Work
 
 
-class Piece(Value):
-    """A piece of an answer."""
+class Playground:
+    """Talks to the composite that is served."""
 
-    expert: str = ""
-    """Who answers; with the first piece."""
-    instead_of: str = ""
-    """Who would have answered, were its engine up."""
-    text: str = ""
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._url: str | None = ""
 
+    def build(self) -> None:
+        """Lay it out."""
+        self.head = ui.column().classes("w-full gap-2")
+        with ui.column().classes("w-full gap-2") as self.body:
+            self.model = ui.select([], label="who answers").props("dense outlined").classes("w-64 max-w-full")
+            with ui.row().classes("w-full items-end gap-2 no-wrap"):
+                self.prompt = (
+                    ui.textarea(placeholder="Ask the composite")
+                    .props(f"autogrow outlined dense maxlength={asking.LONGEST_PROMPT}")
+                    .classes("grow min-w-0")
+                    .on("keydown.enter.exact.prevent", self.ask)
+                )
+                ui.button("Ask", on_click=self.ask).props("no-caps")
+        self.answers = ui.column().classes("w-full gap-3").props("data-part=answers")
 
-def takes_chats(composite: Path) -> bool:
-    """Return whether all experts know how a chat is written down; else they continue text."""
-    return all(one.checkpoint.tokenizer.chat_template for one in Composite.open(composite).experts)
+    def refresh(self) -> None:
+        """Show whether there is anything to talk to."""
+        endpoint, work = self.work.endpoint, self.work
+        state = f"{endpoint.url if endpoint else ''} {work.busy}"
+        if state == self._url:
+            return
+        self._url = state
+        self.body.visible = endpoint is not None
+        self.head.clear()
+        with self.head:
+            if endpoint is not None:
+                names = [endpoint.model, *endpoint.engines]
+                self.model.set_options(
+                    {name: "the router decides" if name == endpoint.model else name for name in names}
+                )
+                self.model.value = endpoint.model
+                ui.label(f"{plain(endpoint.model)} at {endpoint.url}/v1").classes(NOTE)
+                ui.button("Stop serving", on_click=lambda: self._call(calls.Stop())).props("flat no-caps dense")
+            elif work.standing.finished:
+                ui.label("The composite is not served now.").classes(NOTE)
+                serve = ui.button("Serve it", on_click=lambda: self._call(calls.Serve())).props("no-caps")
+                serve.set_enabled(not work.busy)
+            else:
+                ui.label("There is no composite yet to talk to.").classes(NOTE)
 
+    def _call(self, tool: calls.Call) -> None:
+        tried(lambda: self.work.call(tool))
 
-async def ask(endpoint: "Endpoint", model: str, prompt: str, *, chat: bool) -> AsyncIterator[Piece]:
-    """Ask the composite or an expert, and yield the answer as it comes.
-
-    Args:
-        endpoint: Where it is served.
-        model: The composite's name, or an expert's id.
-        prompt: What is asked.
-        chat: Whether it is sent as a chat.
-
-    Raises:
-        ServeError: if there is no answer, in one line.
-    """
-    path = "chat/completions" if chat else "completions"
-    said: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-    body = {"model": model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **said}
-    try:
-        async with (
-            httpx.AsyncClient(timeout=120, trust_env=False) as client,
-            client.stream("POST", f"{endpoint.url}/v1/{path}", json=body, headers=_key(endpoint)) as answer,
-        ):
-            if answer.status_code != 200:
-                raise ServeError(_reason(await answer.aread()))
-            headers = answer.headers
-            yield Piece(
-                expert=headers.get("x-composer-expert", model), instead_of=headers.get("x-composer-instead-of", "")
-            )
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    yield Piece(text=_text(orjson.loads(line[len("data: ") :])))
-    except httpx.HTTPError as error:
-        raise ServeError(f"{endpoint.url} does not answer: {type(error).__name__}") from None
-
-
-def _key(endpoint: "Endpoint") -> dict[str, str]:
-    key = getattr(endpoint, "key", "")
-    return {"authorization": f"Bearer {key}"} if key else {}
-
-
-def _text(event: dict[str, Any]) -> str:
-    if "error" in event:
-        raise ServeError(str(event["error"].get("message", "the answer broke off")))
-    choice = (event.get("choices") or [{}])[0]
-    return str((choice.get("delta") or {}).get("content") or choice.get("text") or "")
-
-
-def _reason(body: bytes) -> str:
-    try:
-        return str(orjson.loads(body)["error"]["message"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return "the endpoint gave no reason"
+    async def ask(self) -> None:
+        """Ask what is in the box, and show the answer as it comes."""
+        prompt, endpoint = (self.prompt.value or "").strip(), self.work.endpoint
+        if not prompt or endpoint is None:
+            return
+        self.prompt.value = ""
+        with self.answers, ui.column().classes("w-full gap-1 border border-gray-300 rounded-lg p-3") as card:
+            ui.label(plain(prompt)).classes(f"{TEXT} text-sm text-gray-600")
+            expert = ui.label("…").classes("text-xs font-medium text-primary").props("data-part=expert")
+            answer = ui.label().classes(f"{TEXT} text-sm").props("data-part=answer")
+        card.move(target_index=0)
+        composite = Run(self.work.conversation.root / self.work.standing.finished[-1]).composite.resolve()
+        try:
+            chat = asking.takes_chats(composite)
+            async for piece in asking.ask(endpoint, str(self.model.value), prompt, chat=chat):
+                if piece.expert:
+                    instead = f", instead of {piece.instead_of}" if piece.instead_of else ""
+                    expert.text = plain(f"{piece.expert} answers{instead}")
+                answer.text += plain(piece.text)
+        except ComposerError as error:
+            expert.text = ""
+            answer.text = plain(str(error))
+            answer.classes("text-red-800")
