@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import nicegui
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
@@ -57,7 +58,6 @@ def serve(work: Work, port: int) -> None:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after it has stopped
-    threading.Thread(target=_warm, args=(work,), daemon=True).start()
     click.echo(f"http://{HOST}:{listener.getsockname()[1]}/ shows '{work.conversation.name}'; Ctrl-C stops it")
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
@@ -91,6 +91,8 @@ def _app(work: Work) -> FastAPI:
     def index() -> None:
         Page(work).build()
 
+    # No sooner: the library looks through all objects when it starts, which breaks tuples that threads are making.
+    nicegui.app.on_startup(threading.Thread(target=_warm, args=(work,), daemon=True).start)
     ui.run_with(
         app,
         title="Model Composer",
