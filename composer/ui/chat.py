@@ -88,7 +88,7 @@ class Chat:
                 ui.label(plain(standing.waiting)).classes(f"{TEXT} text-sm font-medium")
             answers(work, asked(standing.waits_for, standing.options))
         elif not messages:
-            answers(work, {text: text for text in STARTERS})
+            answers(work, {text: text for text in STARTERS}, first=False)
 
     def _greet(self) -> None:
         shelf = self.work.conversation.context.desk.shelf

@@ -5,7 +5,7 @@ from typing import Any
 
 from nicegui import ui
 
-from composer.ui.look import TEXT
+from composer.ui.look import PRE, TEXT
 from composer.ui.stages import Stage, stages_of
 from composer.ui.views import plain
 from composer.ui.work import Work
@@ -32,6 +32,7 @@ class Graph:
         self.flow = ui.row().classes("w-full items-center gap-x-1 gap-y-2").props("data-part=graph")
         self.now = ui.label().classes(f"{TEXT} text-sm").props("data-part=now")
         self.bar = ui.linear_progress(value=0, show_value=False, size="8px").props("rounded instant-feedback")
+        self.log = ui.label().classes(f"{PRE} text-gray-600").props("data-part=log")
 
     def refresh(self) -> None:
         """Show how far the run is."""
@@ -41,6 +42,7 @@ class Graph:
         stages = stages_of(run, going=going, now=time.time())
         self.title.text = f"Run {plain(run.name)}" if run else "No run yet: these are the stages that one goes through"
         self.now.text = self._in_words(stages, going)
+        self.log.text = "\n".join(f"{one.stage}: {plain(one.message)}" for one in tuple(work.steps)[:-1])
         counted = bool(going and step and step.total)
         self.bar.visible = counted
         if counted and step is not None:

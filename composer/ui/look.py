@@ -30,18 +30,19 @@ def asked(waits_for: str | None, options: Iterable[str]) -> dict[str, str]:
     return {"Download" if waits_for == "download" else "Approve": "yes", "Reject": "no"}
 
 
-def answers(work: Work, replies: dict[str, str]) -> None:
-    """Draw a button for each reply."""
+def answers(work: Work, replies: dict[str, str], *, first: bool = True) -> None:
+    """Draw a button for each reply; the first one stands out, unless none is nearer than the others."""
     with ui.row().classes("gap-2 pb-2"):
         for place, (label, said) in enumerate(replies.items()):
             button = ui.button(label, on_click=lambda said=said: tried(lambda: work.say(said)))
-            button.props("no-caps dense padding='xs md'" + ("" if place == 0 else " outline"))
+            button.props("no-caps dense padding='xs md'" + ("" if first and place == 0 else " outline"))
 
 
 def small_table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Draw a table whose cells are text and may break."""
     columns = [
-        {"name": head, "label": head, "field": head, "align": "left", "style": "white-space: normal"} for head in heads
+        {"name": head, "label": head, "field": head, "align": "left", "style": f"white-space: {wrap}"}
+        for head, wrap in zip(heads, ("nowrap", *["normal"] * (len(heads) - 1)), strict=True)
     ]
     filled = [dict(zip(heads, row, strict=True)) for row in rows]
     ui.table(rows=filled, columns=columns).props(

@@ -1,6 +1,7 @@
 """What is done in a conversation, one thing at a time, in a thread of the server; browsers come and go."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from composer.serving.server import Endpoint
     from graphs.conversation import Conversation, Standing, Told
 
+LOG = 8
+"""Signs of life that are remembered."""
 PATIENCE = 15.0
 """Seconds that work may take to stop when the server does."""
 
@@ -30,6 +33,8 @@ class Work:
         """What has been said since `standing` was read."""
         self.step: Step | None = None
         """The last sign of life."""
+        self.steps: deque[Step] = deque(maxlen=LOG)
+        """The last few of them."""
         self.error = ""
         """What went wrong outside of the conversation, in one line."""
         self.wrong: set[str] = set()
@@ -110,6 +115,7 @@ class Work:
             if self.busy:
                 raise BusyError("one thing at a time: wait until it is done, or press Stop")
             self.said, self.step, self.error, self.endpoint = heard, None, "", None
+            self.steps.clear()
             self.busy = True
             self._thread = threading.Thread(target=self._do, args=(begin,), daemon=True, name="conversation")
             self._thread.start()
@@ -120,6 +126,7 @@ class Work:
             for told in begin():
                 if told.step is not None:
                     self.step = told.step
+                    self.steps.append(told.step)
                 elif told.kind == "say":
                     self.said.append({"role": "composer", "text": told.text, "code": str(told.code)})
                 self.version += 1
