@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from composer.clustering import Cluster
 from composer.errors import MergeError, RecipeError
+from composer.evaluation.scorer import check as check_scorer
 from composer.merging.operators import OPERATORS
 from composer.merging.plan import Advice, MergePlan
 from composer.merging.strategies import STRATEGIES, Foresighted
@@ -93,12 +94,15 @@ def make_plan(
     Raises:
         MergeError: if the recipe asks for a merge that cannot be made, e.g. across clusters or of a skipped model.
         RecipeError: if two clusters have the same example requests, or the models do not fit the mixture's level.
+        ServeError: if models are to be scored by an engine that is not installed.
     """
     _check_examples(zoo, clusters)
     _check_level(recipe, zoo)
     _check_skipped(recipe, zoo)
     _check_parameters(recipe, zoo)
     _check_bases(recipe, zoo)
+    if any(len(cluster.members) > 1 for cluster in clusters) and recipe.merge.strategy != "none":
+        check_scorer(recipe.evaluate)
     plans = []
     for cluster in clusters:
         # A merge needs two, whatever the strategy.

@@ -28,12 +28,14 @@ def preview(recipe: Recipe, store: Store, progress: Progress = silent) -> tuple[
     skip = recipe.zoo.on_error == "skip"
     matrix = compare(zoo, store, recipe.cluster, recipe.probes, skip_broken=skip, progress=progress)
     zoo = zoo.without(matrix.skipped)
+    weights = recipe.evaluate.weights
+    advisor = Advisor(zoo.base, proxy, recipe.probes, recipe.merge, store, progress=progress, weights=weights)
     plan = make_plan(
         recipe,
         zoo,
         cluster(matrix, recipe.cluster),
         proxy_items=proxy.size,
         held_out_items=split_of(recipe.evaluate, "held_out").size,
-        advise=Advisor(zoo.base, proxy, recipe.probes, recipe.merge, store, progress=progress).advise,
+        advise=advisor.advise,
     )
     return plan, zoo

@@ -64,6 +64,10 @@ class Recipe(Section):
             if task not in self.evaluate.tasks:
                 hint = nearest(task, self.evaluate.tasks)
                 raise ValueError(f"merge.protect names '{task}', which is not among evaluate.tasks{hint}")
+        for task in self.evaluate.weights:
+            if task not in self.evaluate.tasks:
+                hint = nearest(task, self.evaluate.tasks)
+                raise ValueError(f"evaluate.weights names '{task}', which is not among evaluate.tasks{hint}")
         return self
 
     @model_validator(mode="after")

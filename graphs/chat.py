@@ -207,7 +207,7 @@ class _Turn:
         self.say(as_yaml(self.draft) if self.draft.tasks else answers.draft_in_words(self.draft))
 
     def _status(self, call: calls.Status) -> None:
-        self.say(self.desk.status(serving_at(self.finished), self.finished))
+        self.say(self.desk.status(serving_in_words(), self.finished))
 
     def _cancel(self, call: calls.Cancel) -> None:
         self.say("stopping" if cancel() else "nothing is running in this conversation")
@@ -215,10 +215,10 @@ class _Turn:
     def _serve(self, call: calls.Serve) -> None:
         run = composed(self.finished[-1] if self.finished else self.run)
         self.draft = self.draft.model_copy(update={"serve": True})
-        self.say(_serving(run, self.finished, _progress()))
+        self.say(_serving(run, _progress()))
 
     def _stop(self, call: calls.Stop) -> None:
-        stopped = stop_serving(self.finished)
+        stopped = stop_serving()
         self.draft = self.draft.model_copy(update={"serve": False})
         self.say(f"stopped {stopped}" if stopped else "nothing is served")
 
@@ -247,17 +247,17 @@ class _Turn:
     def _roll_back(self, call: calls.RollBack) -> None:
         if len(self.finished) < 2:
             raise RecipeError("there is no composite before the last one in this conversation")
-        served = serving_at(self.finished) is not None
-        stop_serving(self.finished)
+        was_served = served() is not None
+        stop_serving()
         self.finished.pop()
         run = composed(self.finished[-1])
         self.run = str(run.path)
         self.earlier.append(self.draft.model_dump(mode="json"))
         document = run.recipe.model_dump(mode="json", exclude_defaults=True)
-        self.draft = Draft(document=document, serve=served, said=(f"rolled back to {run.name}",))
+        self.draft = Draft(document=document, serve=was_served, said=(f"rolled back to {run.name}",))
         self.say(f"Back to {run.name}: {answers.draft_in_words(self.draft)}")
-        if served:
-            self.say(_serving(run, self.finished, _progress()))
+        if was_served:
+            self.say(_serving(run, _progress()))
 
     def _help(self, call: calls.Help) -> None:
         self.say(answers.HELP)
@@ -402,7 +402,7 @@ def compose(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal[
     told = []
     try:
         with desk.working(run.name, run), run.locked():
-            stopped = stop_serving(state.get("finished") or [])  # one composite at a time: they share memory and ports
+            stopped = stop_serving()  # one composite at a time: they share memory and ports
             told = [say(f"stopped {stopped} to make room")] if stopped else []
             context.session.stopping.clear()
             try:
@@ -428,16 +428,16 @@ def report(state: ChatState, runtime: Runtime[ChatContext]) -> dict[str, Any]:
     told = [say(answers.result_in_words(run, evidence, composite, draft.recipe.merge.protect))]
     if draft.serve:
         try:
-            told.append(say(_serving(run, finished, _progress())))
+            told.append(say(_serving(run, _progress())))
         except ComposerError as error:
             told.append(say(str(error), error))
     return {"finished": [*finished, str(run.path)], "messages": told}
 
 
-def _serving(run: Run, finished: list[str], progress: Progress) -> str:
-    from graphs.state import ComposeContext
+def _serving(run: Run, progress: Progress) -> str:
+    from graphs.state import ComposeContext, close
 
-    stop_serving([one for one in finished if one != str(run.path)])
+    close(but=str(run.path))
     session = ComposeContext(run_path=str(run.path)).session
     session.stopping.clear()
     endpoint = session.serving(str(run.composite.resolve()), progress).endpoint
@@ -451,29 +451,25 @@ def _loaded() -> Any:
     return sys.modules.get("graphs.state")
 
 
-def serving_at(finished: list[str]) -> str | None:
-    """Return name and address of what this process serves of some runs, or None."""
-    endpoint = endpoint_of(finished)
-    return f"{endpoint.model} at {endpoint.url}/v1" if endpoint else None
-
-
-def endpoint_of(finished: list[str]) -> "Endpoint | None":
-    """Return the endpoint at which this process serves one of some runs, or None."""
+def served() -> "Endpoint | None":
+    """Return where this process serves a composite, or None."""
     state = _loaded()
-    for path in finished if state else []:
-        server = state.ComposeContext(run_path=path).session.server
-        if server is not None:
-            endpoint: Endpoint | None = getattr(server, "endpoint", None)  # None while it comes up
-            return endpoint
-    return None
+    server = state.serving() if state else None
+    return server.endpoint if server else None
 
 
-def stop_serving(finished: list[str]) -> str | None:
-    """Stop what this process serves of some runs; return what it was, or None."""
-    served, state = serving_at(finished), _loaded()
-    for path in finished if state else []:
-        state.ComposeContext(run_path=path).session.close()
-    return served
+def stop_serving() -> str | None:
+    """Stop what this process serves; return what and where it was, or None."""
+    was = serving_in_words()
+    if was is not None:
+        _loaded().close()
+    return was
+
+
+def serving_in_words() -> str | None:
+    """Return name and address of what this process serves, or None."""
+    endpoint = served()
+    return f"{endpoint.model} at {endpoint.url}/v1" if endpoint else None
 
 
 def cancel() -> bool:

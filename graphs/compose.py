@@ -161,6 +161,7 @@ def merge(state: BranchState, runtime: Runtime[ComposeContext]) -> dict[str, Any
                 fingerprint=split.fingerprint,
                 texts=digest(load_texts(probes.texts, probes.limit, probes.characters)),
                 scorer=choose(session.run.recipe.evaluate, models) if len(mine.members) > 1 else "torch",
+                weights=session.run.recipe.evaluate.weights,
                 advise=session.advisor(zoo, progress).advise,
                 memory=session.run.store.root,
                 progress=progress,
@@ -217,7 +218,7 @@ def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str,
         seconds = round(time.monotonic() - began, 3)
         session.run.log("evaluate", "scored", what="what it is compared with", seconds=seconds)
         evidence = weigh_evidence(
-            served.scores,
+            served.scores.weighted(recipe.evaluate.weights),
             baselines,
             notes=notes,
             routing=served.routing,

@@ -11,7 +11,7 @@ from composer.chat.draft import Draft, begun
 from composer.progress import Step
 from composer.runs import runs_root
 from composer.value import Value
-from graphs.chat import ChatContext, build, cancel, endpoint_of, serving_at, stop_serving
+from graphs.chat import ChatContext, build, cancel, served, serving_in_words, stop_serving
 
 if TYPE_CHECKING:
     from composer.serving.server import Endpoint
@@ -169,14 +169,14 @@ class Conversation:
 
     @property
     def serving(self) -> str | None:
-        """What it serves, and where, or None."""
-        return serving_at(self.state.get("finished") or [])
+        """What this process serves, and where, or None."""
+        return serving_in_words()
 
     @property
     def endpoint(self) -> "Endpoint | None":
-        """The endpoint of what it serves, or None."""
-        return endpoint_of(self.state.get("finished") or [])
+        """Where this process serves a composite, or None."""
+        return served()
 
     def close(self) -> None:
-        """Stop what it serves."""
-        stop_serving(self.state.get("finished") or [])
+        """Stop what this process serves."""
+        stop_serving()

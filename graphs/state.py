@@ -113,6 +113,7 @@ class Session:
             store=self.run.store,
             executor=lambda: self.executor,  # a cluster is not joined before something is to be done
             progress=progress,
+            weights=recipe.evaluate.weights,
         )
 
     def rest(self) -> None:
@@ -149,6 +150,23 @@ class Session:
         if self.server is not None:
             self.server.stop()
             self.server = None
+
+
+def serving() -> Server | None:
+    """Return what this process serves, of whatever run; one composite at a time."""
+    return next((one.server for one in _SESSIONS.values() if one.server is not None), None)
+
+
+def adopt(directory: Path, server: Server) -> None:
+    """Let what a command serves be found, and stopped to make room, as if a run of this process served it."""
+    _SESSIONS[str(directory)] = Session(Run(directory), server)
+
+
+def close(but: str = "") -> None:
+    """Stop what this process serves and holds, but for one run."""
+    for path, session in list(_SESSIONS.items()):
+        if path != but:
+            session.close()
 
 
 def stop() -> bool:

@@ -1,8 +1,6 @@
 """The tools of a conversation for programs: an MCP server on standard input and output."""
 
 import asyncio
-import threading
-import time
 from typing import Any
 
 import mcp_types as types
@@ -13,7 +11,8 @@ from pydantic import ValidationError
 from composer import __version__
 from composer.chat.calls import CALL, described
 from composer.errors import ComposerError
-from graphs.conversation import Conversation, Told
+from graphs.background import Background
+from graphs.conversation import Conversation
 
 PATIENCE = 40.0
 """Seconds a call waits for its end before it says that the work goes on; clients give up after a minute."""
@@ -40,9 +39,7 @@ class ToolServer:
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
-        self._job: threading.Thread | None = None
-        self._told: list[Told] = []
-        self._last = ""
+        self.work = Background(conversation)
 
     def tools(self) -> list[types.Tool]:
         """Return the tools as the protocol describes them."""
@@ -62,12 +59,12 @@ class ToolServer:
 
     def call(self, name: str, arguments: dict[str, Any]) -> tuple[str, bool]:
         """Call a tool; return what it says, and whether that is an error."""
-        if self._job is not None and self._job.is_alive():
+        if self.work.running:
             if name == "cancel":
                 return ("stopping" if self.conversation.cancel() else "nothing can be stopped yet"), False
             if name == "status":
                 return self._waited(), False
-            return f"{self._last or 'work'} is going on; ask 'status', or 'cancel' it", True
+            return f"{self.work.doing} is going on; ask 'status', or 'cancel' it", True
         try:
             if name == ANSWER:
                 if self.conversation.waiting is None:
@@ -77,30 +74,14 @@ class ToolServer:
                 work = self.conversation.call(CALL.validate_python({**arguments, "tool": name}))
         except (ValidationError, ComposerError) as error:
             return str(error), True
-        self._told, self._last = [], name
-        self._job = threading.Thread(target=self._do, args=(work,), daemon=True)
-        self._job.start()
-        return self._waited(), any(one.code for one in self._told)
-
-    def _do(self, work: Any) -> None:
-        try:
-            for told in work:
-                if told.step is not None:
-                    self._last = f"{told.step.stage}: {told.step.message}"
-                else:
-                    self._told.append(told)
-        except Exception as error:  # said to whoever asks next; the server goes on
-            self._told.append(Told(kind="say", text=f"{type(error).__name__}: {error}", code=1))
+        self.work.start(work)
+        return self._waited(), any(one.code for one in self.work.told)
 
     def _waited(self) -> str:
         """Return what has been said once the work ends, or how far it is."""
-        deadline = time.monotonic() + PATIENCE
-        while self._job is not None and self._job.is_alive() and time.monotonic() < deadline:
-            self._job.join(timeout=0.2)
-        said = "\n".join(one.text for one in self._told)
-        if self._job is not None and self._job.is_alive():
-            return f"{said}\n(working on {self._last}; ask 'status')".strip()
-        return said or "done"
+        if self.work.wait(PATIENCE):
+            return self.work.words or "done"
+        return f"{self.work.words}\n(working on {self.work.doing}; ask 'status')".strip()
 
 
 def serve(conversation: Conversation) -> None:

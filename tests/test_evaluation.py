@@ -148,6 +148,24 @@ def test_beating_takes_more_than_one_standard_error() -> None:
     assert not paired_gain(scores("c", t=[1, 0] * 49 + [1, 1]), scores("d", t=[0, 1] * 49 + [1, 0])).beyond(1)
 
 
+def test_tasks_count_as_often_as_their_weights_say() -> None:
+    """A task that counts twice is as one that is there twice."""
+    generator = np.random.default_rng(0)
+    first, second = (
+        {name: list(generator.random(40)) for name in ("a", "b")},
+        {name: list(generator.random(40)) for name in ("a", "b")},
+    )
+    weighted = [scores(name, **own).weighted({"a": 2}) for name, own in (("x", first), ("y", second))]
+    doubled = [scores(name, a=own["a"], again=own["a"], b=own["b"]) for name, own in (("x", first), ("y", second))]
+    assert weighted[0].mean == pytest.approx(doubled[0].mean)
+    assert paired_gain(*weighted).mean == pytest.approx(paired_gain(*doubled).mean)
+    mean, low, high = paired_interval(*weighted)
+    assert mean == pytest.approx(paired_gain(*weighted).mean)
+    assert (high - low) / 2 == pytest.approx(1.96 * paired_gain(*weighted).error, rel=0.1)
+    assert weighted[0].weighted({}).mean == scores("x", **first).mean
+    assert [task.label for task in weighted[0].tasks] == ["a (×2)", "b"]
+
+
 @pytest.mark.parametrize(
     ("composite", "words"),
     [(0.9, "beats the best single model"), (0.1, "is worse than"), (0.5, "cannot be told apart")],

@@ -31,7 +31,9 @@ from composer.merging.settings import MergeSection
 from composer.merging.strategies import STRATEGIES
 from composer.merging.trials import TrialLog, trial_key
 from composer.merging.workbench import Workbench
+from composer.planning import make_plan
 from composer.probes import ProbesSection
+from composer.recipe import Recipe
 from composer.serving.engines.machine import has_gpu
 from composer.serving.swap import MEMORY, berth
 from composer.zoo import Checkpoint, Zoo
@@ -84,6 +86,28 @@ def test_what_vllm_cannot_run_is_refused_with_one_line(quick: dict[str, Checkpoi
     with pytest.raises(ServeError, match=r"'script': the model brings Python code .*; evaluate.scorer=torch") as error:
         choose(wanted, [quick["stories"], own_code])
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_without_vllm_says_so_before_anything_is_made(
+    quick: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what an import system says of a module that is not there
+    document = {"name": "x", "zoo": {"models": [{"id": name, "model": quick[name].path} for name in MEMBERS]}}
+    members = tuple(quick[name] for name in MEMBERS)
+    zoo, cluster = (
+        Zoo(members=members, base=None, examples={}),
+        Cluster(id="cluster-1", members=MEMBERS, representative=MEMBERS[0], reason="a test"),
+    )
+
+    def plan(scorer: str, strategy: str = "average") -> None:
+        evaluate = QUICK.model_copy(update={"scorer": scorer}).model_dump(mode="json")
+        recipe = Recipe.model_validate({**document, "merge": {"strategy": strategy}, "evaluate": evaluate})
+        make_plan(recipe, zoo, (cluster,), proxy_items=8, held_out_items=8)
+
+    plan("torch")
+    plan("vllm", strategy="none")
+    with pytest.raises(ServeError, match=r"scorer is vllm, but vLLM is not installed.*evaluate\.scorer=torch"):
+        plan("vllm")
 
 
 def test_scores_by_vllm_are_kept_apart(quick: dict[str, Checkpoint], store: Store) -> None:

@@ -381,6 +381,21 @@ def test_every_subset_is_weighed_and_the_best_comes_first(
     assert {len(one.sources) for one in found if one.arm.operator == "slerp"} == {2}
 
 
+def test_a_task_that_counts_more_moves_the_plan_towards_it(
+    signals: Signals, sample: Sample, predictor: Predictor
+) -> None:
+    arms = arms_of(["linear", "task_arithmetic"])
+    for task in ("quick_math", "quick_science"):
+        one = Planner(signals, sample, predictor, ("quick_math", "quick_science"), weights={task: 1000})
+        alone = Planner(signals, sample, predictor, (task,))
+        assert one.reference == pytest.approx(alone.reference, abs=0.01)
+        found, expected = one.search(arms)[0], alone.search(arms)[0]
+        assert found.gain == pytest.approx(expected.gain, abs=0.01)
+    even = Planner(signals, sample, predictor, ("quick_math", "quick_science"), weights={"quick_math": 7})
+    same = Planner(signals, sample, predictor, ("quick_math", "quick_science"), weights={"quick_math": 1})
+    assert even.reference != pytest.approx(same.reference, abs=1e-9)
+
+
 def test_a_beam_search_finds_what_an_exact_one_does(
     signals: Signals, sample: Sample, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

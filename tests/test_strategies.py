@@ -444,6 +444,42 @@ def on_both(name: str, t: float, u: float) -> Scores:
     return Scores(subject=name, split="proxy", tasks=(first, second.model_copy(update={"task": "u"})))
 
 
+def test_what_is_kept_goes_by_how_much_tasks_count_even_where_the_log_knows_it_all(
+    quick: dict[str, Checkpoint], store: Store
+) -> None:
+    class Counting(OnTwoTasks):
+        """One that weighs, as every judge does."""
+
+        def score(self, checkpoint: Checkpoint, split: str = "proxy", scorer: str = "torch") -> Scores:
+            return super().score(checkpoint, split, scorer).weighted(self.evaluate.weights)
+
+        def trial(self, step: MergeStep, inputs: object, bench: Bench, portion: Portion | None) -> Measured:
+            self.tried.append((step, 0))
+            measured = super().trial(step, inputs, bench, portion)
+            assert measured.scores is not None
+            return Measured(scores=measured.scores.weighted(self.evaluate.weights))
+
+    def kept(weights: dict[str, float]) -> tuple[bool, int]:
+        judge = Counting(store.root, lambda step: 0.4)
+        judge.evaluate = EvaluateSection(tasks=["t", "u"], weights=weights)
+        section = MergeSection(strategy="average", early_stopping=False)
+        bench = Workbench(
+            zoo=Zoo(members=tuple(quick[name] for name in (MATH, WEB))),
+            cluster="cluster-1",
+            section=section,
+            executor=LocalExecutor(lambda: judge),
+            log=TrialLog(store.root / "trials.sqlite"),
+            proxy={"t": ITEMS, "u": ITEMS},
+            fingerprint="both",
+            weights=weights,
+        )
+        return merge_cluster(planned(section, (MATH, WEB)), bench).result is not None, len(judge.tried)
+
+    assert kept({}) == (True, 1)
+    assert kept({"u": 20}) == (False, 0)
+    assert kept({"t": 1.5}) == (True, 0)
+
+
 @pytest.mark.parametrize("strategy", ["average", "coefficient"])
 @pytest.mark.parametrize("protect", [[], ["u"]])
 def test_a_merge_that_loses_on_a_protected_task_is_not_kept(

@@ -48,6 +48,8 @@ def draft_in_words(draft: Draft) -> str:
     said += [f"router {' '.join(filter(None, (router.get('preset'), router.get('kind'))))}"] if router else []
     said += [f"at most {mixture['max_parameters']:,} parameters"] if mixture.get("max_parameters") else []
     said += [f"no merge may lose on {', '.join(merge['protect'])}"] if merge.get("protect") else []
+    weights = document.get("evaluate", {}).get("weights", {})
+    said += [", ".join(f"{task} counts {weight:g} times" for task, weight in weights.items())] if weights else []
     said += ["every merge kept"] if merge.get("accept") == "always" else []
     limits = draft.limits
     said += [f"at most {limits.minutes:g} minutes"] if limits.minutes is not None else []

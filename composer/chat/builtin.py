@@ -11,13 +11,15 @@ from composer.chat.calls import Question, Understood
 from composer.chat.draft import TRIES, Draft, changed
 from composer.chat.edit import Edit
 from composer.chat.language import Heard, hear
-from composer.chat.names import matching, nearest_names
+from composer.chat.names import matching, nearest_names, parts
 from composer.chat.shelf import Shelf
 from composer.errors import ComposerError, RecipeError
 from composer.merging.operators import OPERATORS
 from composer.merging.strategies import STRATEGIES
 
 LIST_AT_MOST = 8
+TWICE = 2.0
+"""How much a task counts that "matters most"."""
 ORDERS: dict[str, Callable[[], Any]] = {
     "models": calls.ListModels,
     "status": calls.Status,
@@ -229,6 +231,8 @@ class _Listening:
         known = self.shelf.models if role == "model" else self.shelf.tasks
         if said in self.bound:
             return self.bound[said]
+        if token.type == "ALL" and said.lower() == "both":
+            return self._both(role)
         if token.type == "ALL":
             everything = self._everything(role, said)
             self.grouped |= set(everything)
@@ -264,9 +268,20 @@ class _Listening:
             return self.draft.tasks
         return (
             self.draft.models
-            if said.lower() in ("them all", "both", "the rest", "the others", "all others")
+            if said.lower() in ("them all", "the rest", "the others", "all others")
             else self.shelf.models
         )
+
+    def _both(self, role: str) -> tuple[str, ...]:
+        """Return the two that were named before: in this message, else in the draft."""
+        named = tuple(dict.fromkeys(self.lists.get("models", ()))) or self.draft.models
+        found = named
+        if role == "task":
+            tasks = [task for name in named for part in parts(name) for task in self.shelf.task(part)]
+            found = tuple(dict.fromkeys(task for task in tasks if task in self.shelf.tasks))
+        if len(found) != 2:
+            raise _AskError(Question(text=f"which two {role}s?", word="both", said=self.said))
+        return found
 
     def _of_size(self, size: float) -> tuple[str, ...]:
         known = self.shelf.parameters(self.shelf.models)
@@ -380,6 +395,13 @@ class _Listening:
         )
         raise _AskError(Question(text=f"'{word}' can be many things: {how}?", said=self.said, join="{answer}"))
 
+    def _swap(self, clause: Tree[Token]) -> None:
+        names = self._names(clause)
+        if len(names) != 2:
+            raise _AskError(Question(text="swap which model for which? e.g. 'swap MODEL for MODEL'", said=self.said))
+        self._more("leave_out", names[:1])
+        self._more("add", names[1:])
+
     def _protect(self, clause: Tree[Token]) -> None:
         names = self._names(clause, "task")
         if not names and not self.lists.get("protect"):
@@ -390,6 +412,22 @@ class _Listening:
 
     def _held(self, clause: Tree[Token]) -> None:
         self._protect(clause)
+
+    def _prefer(self, clause: Tree[Token]) -> None:
+        tokens = _tokens([clause])
+        if any(token.type == "EQUALLY" for token in tokens):
+            self._more("forget", ["weights"])
+            return
+        even = next((str(token) for token in tokens if str(token).lower() in ("as important", "as much as")), None)
+        if even and not any(token.type == "TIMES" for token in tokens):
+            raise _AskError(
+                Question(text=f"'{even}' weighs both the same; which one is to count more, and how many times?")
+            )
+        times = next((float(token.value) for token in tokens if token.type in ("TIMES", "NUMBER")), TWICE)
+        preferred, *others = [one for one in clause.children if isinstance(one, Tree)]
+        weights = self.values.setdefault("weights", {})
+        for names, weight in ((preferred, times), *((one, 1.0) for one in others)):
+            weights |= dict.fromkeys(self._names(Tree("prefer", [names]), "task"), weight)
 
     def _evaluate(self, clause: Tree[Token]) -> None:
         also = any(token.type == "ALSO" for token in _tokens([clause]))
@@ -428,10 +466,11 @@ class _Listening:
             self._set("accept", "proxy", "accept")
         for token in tokens:
             if token.type == "LIMIT":
+                words = {"item": "items", "priorities": "weights", "weights": "weights"}
                 named = next(
-                    (one for one in ("size", "time", "memory", "disk", "item") if one in str(token).lower()), "all"
+                    (one for one in ("size", "time", "memory", "disk", *words) if one in str(token).lower()), "all"
                 )
-                self._more("forget", [{"item": "items"}.get(named, named)])
+                self._more("forget", [words.get(named, named)])
         guarded = self.draft.document.get("merge", {}).get("protect", [])
         lists = [one for one in clause.children if isinstance(one, Tree)]
         for token in (one for tree in lists for one in tree.children if isinstance(one, Token)):
@@ -440,9 +479,10 @@ class _Listening:
             elif token.type != "AND":
                 held = matching(str(token), guarded)
                 self._more("unprotect" if held else "leave_out", list(held) or list(self._one(token, "model")))
-        if any(token.type == "PROTECT" for token in tokens) and not lists:
+        guarding = any(token.type == "PROTECT" or "protect" in str(token).lower() for token in tokens)
+        if guarding and not lists:
             self._more("forget", ["protect"])
-        if len(tokens) == 1:
+        elif len(tokens) == 1:
             self.orders.append(calls.ShowDraft())
 
     def _serve(self, clause: Tree[Token]) -> None:

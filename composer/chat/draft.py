@@ -129,7 +129,7 @@ def _lifted(edit: Edit, limit: str) -> bool:
 def _check_names(edit: Edit, shelf: Shelf) -> None:
     for name in (*(edit.models or ()), *edit.add, *edit.leave_out, *edit.whole):
         shelf.check(name)
-    for task in (*(edit.tasks or ()), *edit.add_tasks, *edit.protect):
+    for task in (*(edit.tasks or ()), *edit.add_tasks, *edit.protect, *edit.weights):
         if task not in shelf.tasks and shelf.task(task) != (task,):
             near = " or ".join(f"'{one}'" for one in shelf.nearest_tasks(task))
             raise RecipeError(f"there is no task '{task}'; did you mean {near}?")
@@ -213,7 +213,9 @@ def _set_tasks(document: dict[str, Any], edit: Edit) -> None:
     lifted = set(merge.get("protect", [])) if _lifted(edit, "protect") else set(edit.unprotect)
     kept = [task for task in merge.get("protect", []) if task not in lifted and (edit.tasks is None or task in tasks)]
     merge["protect"] = list(dict.fromkeys([*kept, *edit.protect]))
-    evaluate["tasks"] = list(dict.fromkeys([*tasks, *edit.add_tasks, *edit.protect]))
+    evaluate["tasks"] = list(dict.fromkeys([*tasks, *edit.add_tasks, *edit.protect, *edit.weights]))
+    weights = {} if _lifted(edit, "weights") else {**evaluate.get("weights", {}), **edit.weights}
+    evaluate["weights"] = {task: one for task, one in weights.items() if one != 1 and task in evaluate["tasks"]}
     if not evaluate["tasks"]:
         evaluate.pop("tasks")
 

@@ -1,12 +1,12 @@
 """What a request changes: the arguments of the tool that drafts recipes, whoever calls it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from composer.value import Value
 
-Limit = Literal["size", "time", "memory", "disk", "items", "protect", "threshold", "all"]
+Limit = Literal["size", "time", "memory", "disk", "items", "protect", "weights", "threshold", "all"]
 
 
 class Edit(Value):
@@ -31,6 +31,9 @@ class Edit(Value):
     tasks: tuple[str, ...] | None = Field(default=None, description="Exactly these tasks judge the composite.")
     add_tasks: tuple[str, ...] = Field(default=(), description="Tasks that judge it besides.")
     protect: tuple[str, ...] = Field(default=(), description="Tasks on which no merge may lose.")
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="How much single tasks count in the mean that merges are chosen by; 1 for once."
+    )
     unprotect: tuple[str, ...] = Field(default=(), description="Tasks that need no protection any more.")
     max_parameters: int | None = Field(default=None, description="Parameters of all experts together, at most.")
     minutes: float | None = Field(default=None, description="The plan may take so long.")

@@ -7,7 +7,8 @@ PHRASES: dict[str, str] = {
     "MERGE": "combination of|a combination of|mixture of|a mixture of|a blend of|a mix of|bundle|weld|assemble|"
     "unify|amalgamate|make something from|build something from|build me something from|construct|create|turn into one|"
     "merge|combine|blend|fuse|mix|join|unite|compose|merging|put together|bring together|build|"
-    "one model out of|a model out of|one model of|one model from|composite of|composite from|make one of|merged",
+    "pair|marry|stitch together|one model out of|a model out of|one model of|one model from|composite of|"
+    "composite from|make one of|merged",
     "ONLY": "only|just the|nothing but|exclusively",
     "NO": "no",
     "NOTHING": "nothing|none of them|anything|any of them|no models",
@@ -16,10 +17,11 @@ PHRASES: dict[str, str] = {
     "do away with|not including|not counting|besides|nothing of|leave aside|save for|no need for|not interested in|"
     "leave out|leaves out|left out|take out|throw out|kick out|exclude|excluding|omit|remove|skip|ignore|"
     "without|except|except for|but not|but no|apart from|other than|minus|drop out|get rid of|discard|ditch",
-    "OUTWORD": "out",
-    "KEEP": "keep|retain|preserve|hold on to",
+    "OUTWORD": "out|behind|aside",
+    "KEEP": "don't touch|do not touch|leave alone|keep|retain|preserve|hold on to",
     "LEAVE": "leave",
-    "WHOLE": "as a whole|on the side|to itself|by itself|by themselves|out of the merge|out of any merge|"
+    "WHOLE": "behind the router|as a whole|on the side|to itself|by itself|by themselves|out of the merge|"
+    "out of any merge|"
     "outside the merge|as a separate expert|as its own expert|standalone|stand alone|unmixed|unaltered|"
     "whole|as it is|as is|as they are|as it stands|unmerged|untouched|intact|on its own|on their own|alone|"
     "separate|separately|unchanged|in one piece|apart|a whole expert|whole expert|whole experts",
@@ -31,7 +33,8 @@ PHRASES: dict[str, str] = {
     "add|include|put|bring back|put back|take in|bring in|also take|also use|also merge|also include",
     "USE": "use|using|with|by|via|through|try|take|choose|pick|switch to|change to|go with|go for|let",
     "CALL": "call|name|rename|named|called|by the name of",
-    "FORGET": "forget|forget about|never mind|nevermind|lift|drop the limit on|no longer protect|stop protecting",
+    "FORGET": "forget|forget about|never mind|nevermind|lift|drop the limit on|drop the protection|"
+    "drop the protection of|remove the protection|remove the protection of|no longer protect|stop protecting",
     # --- what must hold
     "PROTECT": "protecting|preserve the score on|no loss on|no losses on|keep an eye on|must not lose on|"
     "may not lose on|hold on|without a loss on|without dropping on|keep the quality on|keep the score on|"
@@ -39,6 +42,21 @@ PHRASES: dict[str, str] = {
     "protect|make sure|make sure that|ensure|ensure that|guarantee|guard|see to it that|be careful with|"
     "without losing|without hurting|without harming|don't let|do not let|must keep|do not lose|don't lose|"
     "must not lose|do not hurt|don't hurt|safeguard",
+    "PREFER": "prioritise|prioritize|prioritising|prioritizing|with priority on|priority on|priority to|priority for|"
+    "give priority to|focus on|focusing on|with focus on|with a focus on|focus is on|concentrate on|emphasise|"
+    "emphasize|with emphasis on|put emphasis on|emphasis on|weigh|weight|favour|favor|care most about|"
+    "i care most about|mostly care about|i mostly care about|care more about|i care more about|what matters most is|"
+    "what matters is|what counts is|what counts most is|most important is|the most important is|"
+    "the most important task is|the main thing is|the priority is|my priority is|count",
+    "MATTER": "matters most|matter most|matters more|matter more|matters|matter|most important|more important|"
+    "as important|important|counts more|counts most|counts|comes first|come first|has priority|have priority|"
+    "a priority|the priority|top priority|highest priority|crucial|essential|the most important|"
+    "the most important one",
+    "THAN": "than|as much as",
+    "EQUALLY": "weigh all tasks equally|count all tasks equally|all tasks equally|equal weights|weigh them equally|"
+    "equally important|no priorities|all tasks count the same|same weight for all tasks|treat all tasks the same|"
+    "weigh them all the same|weigh all tasks the same|all tasks matter the same|all tasks matter equally",
+    "SWAP": "swap|replace|exchange|trade|swap out|switch out",
     "DROP": "worse|be worse|drop|drops|dropping|get worse|gets worse|suffer|suffers|decline|declines|fall|falls|"
     "regress|regresses|"
     "degrade|degrades|lose|loses|worsen|go down|goes down|deteriorate|become worse|losing",
@@ -51,8 +69,9 @@ PHRASES: dict[str, str] = {
     "not be over|not over|in under|in less than|limit|smaller|no longer than|not longer than|not take longer than",
     "OVER": "over|above|at least|more than|no less than|not less than|bigger than|larger than|minimum|not under|"
     "no smaller than|not smaller than|greater than",
-    "LIMIT": "size limit|limit on size|limit on the size|time limit|memory limit|disk limit|limit on time|"
-    "limit on items|item limit|limit on the time",
+    "LIMIT": "priorities|task weights|"
+    "size limit|limit on size|limit on the size|time limit|memory limit|disk limit|"
+    "limit on time|limit on items|item limit|limit on the time",
     "ALIKE": "alike|similar|similarity|the same|identical",
     "THRESHOLD": "threshold|similarity threshold|cluster threshold|threshold of|threshold to",
     "VAGUE": "improve|improved|fancy|clever|fine|sensible|efficient|accurate enough|short|high quality|quality|"
@@ -84,10 +103,12 @@ PHRASES: dict[str, str] = {
     "HALT": "stop serving|shut down|stop the server|stop the endpoint|take it down|take down|bring down|stop it|stop",
     "PORT": "port",
     "MODELS": "what models are there|which models are there|list|list models|list the models|list all models|"
-    "show the models|show models|show me the models|what models do you have|which models do you have|what is there|"
+    "show the models|what is on the shelf|what have you got|show models|show me the models|what models do you have|"
+    "which models do you have|what is there|"
     "what do you have|what is in the zoo|show the zoo|which models|what models|list the zoo|models available",
     "INSPECT": "inspect|tell me about|describe|details of|details on|more about|look at|information on|"
     "what do you know about|"
+    "how many parameters has|how many parameters does|how many parameters do|how large is|what size is|what size does|"
     "how big is|what kind of model is|who is",
     "COMPARE": "how near are|closest|the closest|which are the closest|which are closest|most alike|"
     "most similar|which are most similar|similarities|similarity matrix|how different are|are alike|"
@@ -110,9 +131,12 @@ PHRASES: dict[str, str] = {
     "scores|show the evidence|what was gained|how did it do|how well does it do|is it better|the gain|show the scores|"
     "how good is the composite|what was the gain",
     "RECIPE": "recipe|the recipe|show the recipe|the draft|show the draft|draft|what have we got|settings|"
+    "what we have so far|show me what we have so far|what do we have so far|where do we stand|so far|"
     "show settings",
     "STATUS": "what is happening|what's happening|what's running|what's going on|how long to go|how much longer|"
     "where are we|is it finished|are you done|is it ready|still running|anything running|"
+    "is anything being served right now|is anything being served|what is served|what is being served|"
+    "is anything served|is something served|"
     "status|what is running|how far|how far is it|progress|what is going on|is it running|is it done|"
     "is anything running|what are you doing|how is it going",
     "PLAN": "plan|show the plan|make a plan|dry run|plan it|what would you do|what would happen|show me the plan",
@@ -197,6 +221,10 @@ VALUED: dict[str, dict[str, str]] = {
         "random": "random router|random routing",
     },
     "SIZE": {"1000000": "one million|a million|one million parameters", "1000000000": "one billion|a billion"},
+    "TIMES": {
+        "2": "twice|double|twice as|twice as much|doubly",
+        "3": "triple|thrice",
+    },
     "TIME": {
         "60": "an hour|one hour|1 hour",
         "30": "half an hour",
@@ -217,8 +245,9 @@ UNITS: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("gb", "gib", "gigabyte", "gigabytes"), ("MEMORY", 1.0)),
     **dict.fromkeys(("mb", "mib", "megabyte", "megabytes"), ("MEMORY", 1e-3)),
     **dict.fromkeys(("%", "percent"), ("PERCENT", 1e-2)),
+    **dict.fromkeys(("times", "fold"), ("TIMES", 1.0)),
 }  # fmt: skip
-"""Units after a number: the token, and what one of it is (minutes, GB, parameters)."""
+"""Units after a number: the token, and what one of it is (minutes, GB, parameters, times)."""
 
 NUMBERS = {
     name: value

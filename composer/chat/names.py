@@ -6,6 +6,8 @@ from difflib import SequenceMatcher
 
 from composer.chat.words import misspelt
 
+_ENDING = re.compile(r"(ing|ed|er|e)s?$")
+
 
 def parts(name: str) -> list[str]:
     """Return the words that a name is put together from."""
@@ -34,8 +36,14 @@ def matching(said: str, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def _same_stem(said: str, part: str) -> bool:
-    """Return whether two words differ by an ending: the shorter one, of four letters at least, begins the other."""
+    """Return whether two words differ by an ending: the shorter one, of four letters at least, begins the other.
+
+    Or both have one: "coding" and "code".
+    """
     shorter, longer = sorted((said, part), key=len)
+    stems = {_ENDING.sub("", one) for one in (said, part)}
+    if len(stems) == 1 and len(stems.pop()) >= 3:
+        return True
     return longer in (f"{shorter}s", f"{shorter}es") or (len(shorter) >= 4 and longer.startswith(shorter))
 
 

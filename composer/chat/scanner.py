@@ -112,7 +112,7 @@ def _phrase(words: list[Word], place: int, known: Sequence[str]) -> tuple[list[T
         if count == 1 and kind in _YIELDING and any(said[0] in parts(name) for name in known):
             continue
         token = Token(kind, " ".join(word.text for word in words[place : place + count]))
-        token.value = float(value) if kind in ("TIME", "SIZE") else value
+        token.value = float(value) if kind in ("TIME", "SIZE", "TIMES") else value
         return [token], count
     return None
 
@@ -311,6 +311,8 @@ def _predicates(tokens: list[Token]) -> list[Token]:
         before = tokens[place - 1].type if place else ""
         said = token.type in ("HOLD", "STAY") or (before == "MUST" and token.type in ("OUT", "WHOLE"))
         said = said or (before in NAMED and token.type == "NOMERGE")
+        after = tokens[place + 1].type if place + 1 < len(tokens) else ""
+        said = said or (token.type == "MATTER" and before != "TIMES") or (token.type == "TIMES" and after == "MATTER")
         if said:
             _mark(done)
         done.append(token)

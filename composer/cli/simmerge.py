@@ -159,7 +159,9 @@ def explain(recipe: Path, overrides: tuple[str, ...], models: str, plot: Path | 
             if (reason := difference(chosen[0], one)) is not None:
                 raise MergeError(f"'{chosen[0].id}' and '{one.id}' cannot be merged: {reason}")
         proxy = split_of(loaded.evaluate, "proxy")
-        advisor = Advisor(zoo.base, proxy, loaded.probes, loaded.merge, store, progress=progress)
+        advisor = Advisor(
+            zoo.base, proxy, loaded.probes, loaded.merge, store, progress=progress, weights=loaded.evaluate.weights
+        )
         explanation = explain_merges(advisor, chosen)
     if plot is not None:
         draw_explanation(explanation, plot)

@@ -207,7 +207,7 @@ def print_clusters(matrix: SimilarityMatrix, clusters: tuple[Cluster, ...], skip
 
 def print_evidence(evidence: Evidence) -> None:
     """Print the composite against every model it came from, and apart from them against what needs no search."""
-    tasks = [task.task for task in evidence.subjects[0].scores.tasks]
+    tasks = [task.label for task in evidence.subjects[0].scores.tasks]
     table = Table(title="Held-out scores ± standard error", title_justify="left")
     table.add_column("model", no_wrap=True)
     for task in tasks:

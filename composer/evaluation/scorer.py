@@ -12,6 +12,17 @@ WAY_OUT = "evaluate.scorer=torch does without vLLM"
 """What every error of the engine ends with."""
 
 
+def check(section: EvaluateSection) -> None:
+    """Check that what the recipe asks for is installed; what it says of single models is known later.
+
+    Raises:
+        ServeError: if it is not.
+    """
+    missing = engine.missing() if section.scorer == "vllm" else None
+    if missing is not None:
+        raise ServeError(f"evaluate.scorer is vllm, but {missing}; {WAY_OUT}")
+
+
 def choose(section: EvaluateSection, checkpoints: Sequence[Checkpoint]) -> Scorer:
     """Return what models are scored by, the same for all that are compared with one another.
 

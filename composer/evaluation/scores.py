@@ -1,6 +1,6 @@
 """Scores, kept item by item so that comparisons can be paired."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import sqrt
 from statistics import fmean, stdev
 
@@ -15,6 +15,13 @@ class TaskScore(Value):
     metric: str
     items: dict[str, float]
     """Item hash to value; higher is better."""
+    weight: float = 1.0
+    """How much the task counts in means over tasks, against others."""
+
+    @property
+    def label(self) -> str:
+        """The task, with how often it counts where that is not once."""
+        return self.task if self.weight == 1 else f"{self.task} (×{self.weight:g})"
 
     @property
     def mean(self) -> float:
@@ -39,12 +46,17 @@ class Scores(Value):
 
     @property
     def mean(self) -> float:
-        """The unweighted mean over tasks."""
-        return fmean(task.mean for task in self.tasks)
+        """The mean over tasks, by their weights."""
+        return fmean((task.mean for task in self.tasks), [task.weight for task in self.tasks])
 
     def task(self, name: str) -> TaskScore:
         """Return the score of one task."""
         return next(task for task in self.tasks if task.task == name)
+
+    def weighted(self, weights: Mapping[str, float]) -> "Scores":
+        """Return the same scores with the weights of a recipe; tasks that it names none for count once."""
+        tasks = (task.model_copy(update={"weight": weights.get(task.task, 1.0)}) for task in self.tasks)
+        return self.model_copy(update={"tasks": tuple(tasks)})
 
     def on(self, name: str) -> "Scores":
         """Return the scores of one task alone."""

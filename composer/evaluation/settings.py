@@ -15,6 +15,9 @@ class EvaluateSection(Section):
 
     tasks: list[str] = Field(min_length=1)
     """lm-eval task names."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """How much single tasks count in the mean over tasks that merges are chosen by, and in the report's: 2 for twice.
+    Tasks that are not named count once."""
     include: PathText | None = None
     """A folder with task YAMLs of your own."""
     proxy: float = Field(default=0.5, gt=0, lt=1)

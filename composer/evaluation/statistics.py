@@ -10,7 +10,7 @@ RESAMPLES = 10_000
 
 
 def paired_interval(first: Scores, second: Scores, *, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
-    """Return mean, lower and upper bound of `first - second` on the mean over tasks.
+    """Return mean, lower and upper bound of `first - second` on the mean over tasks, by the weights of `first`.
 
     A percentile bootstrap: items are drawn with replacement within each task, the same ones for both
     subjects (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
@@ -23,10 +23,10 @@ def paired_interval(first: Scores, second: Scores, *, seed: int = 0, level: floa
     for task in first.tasks:
         other = second.task(task.task).items
         differences = np.array([value - other[item] for item, value in task.items.items()])
-        point += float(differences.mean())
+        point += task.weight * float(differences.mean())
         drawn = generator.integers(0, len(differences), size=(RESAMPLES, len(differences)))
-        total += differences[drawn].mean(axis=1)
-    count = len(first.tasks)
+        total += task.weight * differences[drawn].mean(axis=1)
+    count = sum(task.weight for task in first.tasks)
     tail = (1 - level) / 2 * 100
     low, high = np.percentile(total / count, [tail, 100 - tail])
     return point / count, float(low), float(high)
@@ -53,16 +53,18 @@ class Gain:
 def paired_gain(first: Scores, second: Scores) -> Gain:
     """Return how far `first` is ahead of `second` on the items that both have, task by task.
 
-    The standard error of a stratified mean (Cochran, Sampling Techniques, section 5.4), every task with the same
-    weight; a task with one common item adds the variance of nothing.
+    The standard error of a stratified mean (Cochran, Sampling Techniques, section 5.4), with the weights of `first`;
+    a task with one common item adds the variance of nothing.
     """
-    means, variances = [], []
+    means, variances, weights = [], [], []
     for task in first.tasks:
         other = next((one.items for one in second.tasks if one.task == task.task), {})
         differences = [value - other[item] for item, value in task.items.items() if item in other]
         if differences:
+            weights.append(task.weight)
             means.append(fmean(differences))
             variances.append(variance(differences) / len(differences) if len(differences) > 1 else 0.0)
     if not means:
         return Gain(0.0, float("inf"))
-    return Gain(fmean(means), sqrt(sum(variances)) / len(means))
+    squares = sum(weight**2 * own for weight, own in zip(weights, variances, strict=True))
+    return Gain(fmean(means, weights), sqrt(squares) / sum(weights))

@@ -90,13 +90,14 @@ class Judge:
             EvaluationError: if it cannot be loaded.
             ServeError: if a vLLM engine dies or cannot take it.
         """
-        items = self.split(split)
+        items, weights = self.split(split), self.evaluate.weights
         if scorer == "torch":
-            return score_checkpoint(checkpoint, items, self.store, batch_size=self.evaluate.batch_size)
+            scores = score_checkpoint(checkpoint, items, self.store, batch_size=self.evaluate.batch_size)
+            return scores.weighted(weights)
         known = known_scores(checkpoint, items, self.store, scorer)
         if not known.is_file():
             self._engine().take(checkpoint).score(checkpoint.id).save(known)
-        return Scores.load(known).model_copy(update={"subject": checkpoint.id})
+        return Scores.load(known).model_copy(update={"subject": checkpoint.id}).weighted(weights)
 
     def observe(self, checkpoint: Checkpoint) -> None:
         """Keep what a predictor compares a model by; see `composer.simmerge.signals.observe`."""
@@ -130,7 +131,8 @@ class Judge:
             raise
         except (MergeError, EvaluationError) as error:
             return Measured(scores=None, failure=str(error))
-        return Measured(scores=scores, merge_seconds=merged - began, score_seconds=time.perf_counter() - merged)
+        weighted = scores.weighted(self.evaluate.weights)
+        return Measured(scores=weighted, merge_seconds=merged - began, score_seconds=time.perf_counter() - merged)
 
     def rate(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench, split: str) -> Measured:
         """Score a merge that is no candidate on a whole split, without writing it; what it scored before is kept.
@@ -146,7 +148,8 @@ class Judge:
             items = self.split(split)
             known = self.store.path("scores", digest([merge.key, split, items.fingerprint]) + ".json")
             if known.is_file():
-                return Measured(scores=Scores.load(known).model_copy(update={"subject": step.name}))
+                scores = Scores.load(known).model_copy(update={"subject": step.name})
+                return Measured(scores=scores.weighted(self.evaluate.weights))
             self.close()  # two models at a time may be too many
             live = LiveModel(merge, items.dtype)
             live.load(merge)
@@ -157,7 +160,8 @@ class Judge:
         except ComposerError as error:
             return Measured(scores=None, failure=str(error))
         scores.save(known)
-        return Measured(scores=scores, merge_seconds=merged - began, score_seconds=time.perf_counter() - merged)
+        weighted = scores.weighted(self.evaluate.weights)
+        return Measured(scores=weighted, merge_seconds=merged - began, score_seconds=time.perf_counter() - merged)
 
     def merge(self, step: MergeStep, inputs: Sequence[Checkpoint], bench: Bench) -> Merge:
         """Bind a step to its inputs.

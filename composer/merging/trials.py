@@ -12,7 +12,7 @@ from pathlib import Path
 
 from composer.artefacts import digest
 from composer.errors import MergeError, disk_errors
-from composer.evaluation.scores import Scores, TaskScore
+from composer.evaluation.scores import Scores
 from composer.merging.cost import SearchCost
 from composer.merging.engine.merge import dtype_of, lineage_of, merge_key, vocabularies_differ
 from composer.merging.judge import Bench, Measured, Portion
@@ -138,7 +138,7 @@ def joined(first: Measured | None, second: Measured) -> Measured:
     for task in second.scores.tasks:
         before = tasks.get(task.task)
         items = {**(before.items if before else {}), **task.items}
-        tasks[task.task] = TaskScore(task=task.task, metric=task.metric, items=items)
+        tasks[task.task] = task.model_copy(update={"items": items})
     return Measured(
         scores=second.scores.model_copy(update={"tasks": tuple(tasks.values())}),
         merge_seconds=first.merge_seconds + second.merge_seconds,

@@ -62,6 +62,8 @@ class Workbench:
     """Hash of the probe texts."""
     scorer: Scorer = "torch"
     """What scores candidates and what they are compared with; see `composer.evaluation.scorer.choose`."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How much tasks count; those that are not named count once."""
     advise: Advise | None = None
     """Predicts merges of some checkpoints, where there is a predictor."""
     memory: Path | None = None
@@ -116,7 +118,7 @@ class Workbench:
             best: What they have to beat, scored on all items.
             message: What is going on, for the progress bar.
         """
-        known = [self.log.get(self._key(step)) for step in steps]
+        known = [self._known(step) for step in steps]
         self._raced |= {self._key(step) for step in steps}
         alive = [index for index, one in enumerate(known) if one is None or one.failure is None]
         reached: dict[int, Scores] = {}
@@ -159,6 +161,13 @@ class Workbench:
             return (1.0,)
         fewest = min(len(items) for items in self.proxy.values())
         return tuple(share for share in SHARES if share == 1 or share * fewest >= LEAST_ITEMS)
+
+    def _known(self, step: MergeStep) -> Measured | None:
+        """Return what the log knows of a candidate; tasks may have counted otherwise then."""
+        found = self.log.get(self._key(step))
+        if found is None or found.scores is None:
+            return found
+        return found.model_copy(update={"scores": found.scores.weighted(self.weights)})
 
     def _key(self, step: MergeStep) -> str:
         return trial_key(step, self.inputs(step), self.bench, self.fingerprint)

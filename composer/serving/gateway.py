@@ -93,17 +93,17 @@ def create_app(
 
     @app.exception_handler(RequestError)
     async def _refused(request: Request, error: RequestError) -> Response:
-        return _error(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def _unknown(request: Request, error: HTTPException) -> Response:
         words = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
         message = words.get(error.status_code, str(error.detail))
-        return _error(RequestError(error.status_code, message, headers=dict(error.headers or {})))
+        return error_response(RequestError(error.status_code, message, headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
     async def _broken(request: Request, error: Exception) -> Response:
-        return _error(RequestError(500, "an error of the gateway's own; its log says more"))
+        return error_response(RequestError(500, "an error of the gateway's own; its log says more"))
 
     @app.get("/health", responses=openapi.HEALTH)
     async def health() -> Response:
@@ -474,7 +474,13 @@ def _joined(
 
 
 def _user_text(body: dict[str, Any], scope: Scope) -> str:
-    """Return the text of the user messages that decide the expert.
+    """Return the text of the user messages that decide the expert; see `user_texts`."""
+    texts = user_texts(body)
+    return {"last": texts[-1], "first": texts[0], "conversation": "\n".join(texts)}[scope]
+
+
+def user_texts(body: dict[str, Any]) -> list[str]:
+    """Return the texts of a chat's user messages.
 
     Raises:
         RequestError: 400 if there is none.
@@ -490,8 +496,9 @@ def _user_text(body: dict[str, Any], scope: Scope) -> str:
     ]
     if not texts:
         raise RequestError(400, "'messages' holds no user message with text", "messages")
-    return {"last": texts[-1], "first": texts[0], "conversation": "\n".join(texts)}[scope]
+    return texts
 
 
-def _error(error: RequestError) -> Response:
+def error_response(error: RequestError) -> Response:
+    """Return an error in OpenAI's shape."""
     return Response(error.body, error.status, error.headers, media_type=JSON)

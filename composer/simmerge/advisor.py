@@ -1,8 +1,8 @@
 """The advisor: observes models once each and says which merges of them are worth making."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from composer.artefacts import Store
@@ -44,6 +44,8 @@ class Advisor:
     executor: Callable[[], Executor[Judge]] | None = None
     """Gives what observes models, when that is first needed; by default this process does."""
     progress: Progress = silent
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """How much tasks count; those that are not named count once."""
 
     def advise(self, models: Sequence[Checkpoint], including: str | None = None) -> Advice:
         """Weigh the merges of some models.
@@ -119,6 +121,7 @@ class Advisor:
             predictor=predictor,
             tasks=[items.name for items in self.split.tasks],
             labelled=own.labels,
+            weights=self.weights,
         )
 
     def arms(self, *, based: bool) -> list[Arm]:

@@ -1,6 +1,6 @@
 """The planner: which models of a cluster to merge, by which arm and in which order, with none of the merges made."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from composer.merging.strategies.growth import flat_weights
 from composer.simmerge.arms import Arm
 from composer.simmerge.features import merge_features
 from composer.simmerge.footprint import Sample, footprint
-from composer.simmerge.predictor import Predictor
+from composer.simmerge.predictor import Prediction, Predictor
 from composer.simmerge.signals import Signals
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Planner:
     sample: Sample
     predictor: Predictor
     tasks: Sequence[str]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """How much tasks count in means over them; those that are not named count once."""
     level: float = 0.8
     """Share of merges whose gain lies within its interval."""
     labelled: bool = True
@@ -75,13 +77,21 @@ class Planner:
         found = [self.signals.levels(task) if self.labelled else nothing for task in self.tasks]
         self._levels = np.stack(found, axis=1)
         """`[models, tasks]`."""
-        self.best = int(self._levels.mean(axis=1).argmax())
+        counts = np.array([self.weights.get(task, 1.0) for task in self.tasks])
+        self._counts = counts / counts.mean()
+        """How much each task counts, 1 on average, `[tasks]`."""
+        self.best = int(self._mean(self._levels).argmax())
         """The best single model."""
 
     @property
     def reference(self) -> float:
         """What the best single model is expected to score, mean over tasks."""
-        return float(self._levels.mean(axis=1).max())
+        return float(self._mean(self._levels).max())
+
+    def _mean(self, values: "Array") -> "Array":
+        """Return the mean over tasks, `[rows]`, of values, `[rows, tasks]`."""
+        found: Array = (values * self._counts).mean(axis=1)
+        return found
 
     def search(self, arms: Sequence[Arm], most: int | None = None) -> list[Weighed]:
         """Return merges, the best first.
@@ -157,10 +167,11 @@ class Planner:
             each.append(features)
             base.append(self._levels[strong, place])
         prediction = self.predictor.predict(each)
+        counted = Prediction(prediction.gain * self._counts, prediction.scale * self._counts)
         scores = np.stack(base, axis=1) + prediction.gain
-        middle, low, high = self.predictor.mean_interval(prediction, self.level)
-        gain = scores.mean(axis=1) - self.reference
-        chance = self.predictor.chance(gain, prediction)
+        middle, low, high = self.predictor.mean_interval(counted, self.level)
+        gain = self._mean(scores) - self.reference
+        chance = self.predictor.chance(gain, counted)
         novelty = np.mean([self.predictor.novelty(one) for one in each], axis=0)
         self.weighed += len(plans)
         return [
@@ -182,7 +193,7 @@ class Planner:
     ) -> list[tuple[tuple[int, ...], Arm]]:
         """Return the subsets with each arm that takes all of a subset at once, in all orders that differ or one."""
         found = []
-        ranking = np.argsort(-self._levels.mean(axis=1), kind="stable").tolist()
+        ranking = np.argsort(-self._mean(self._levels), kind="stable").tolist()
         for subset in subsets:
             for arm in arms:
                 most = OPERATORS.get(arm.operator).most

@@ -69,8 +69,7 @@ async def ask(endpoint: "Endpoint", model: str, prompt: str, *, chat: bool) -> A
 
 
 def _key(endpoint: "Endpoint") -> dict[str, str]:
-    key = getattr(endpoint, "key", "")
-    return {"authorization": f"Bearer {key}"} if key else {}
+    return {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
 
 def _text(event: dict[str, Any]) -> str:
