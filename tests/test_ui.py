@@ -275,6 +275,19 @@ def test_a_wrong_recipe_is_told_and_a_right_one_becomes_the_draft(chromium: Any,
 
 
 @in_a_browser
+def test_what_is_said_in_a_terminal_is_seen_in_the_page(chromium: Any, served: Served) -> None:
+    page = opened(chromium, served)
+    subprocess.run(
+        [sys.executable, "-m", "composer.cli", "chat", "--zoo", "tiny.yaml", "inspect code"],
+        cwd=served.home,
+        env={**os.environ, "MODEL_COMPOSER_RUNS": str(served.runs), "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
+    part(page, "message").filter(has_text="4 layers of").wait_for(timeout=15_000)
+
+
+@in_a_browser
 @pytest.mark.slow
 def test_from_a_request_to_an_answer_with_the_browser_closed_in_between(chromium: Any, served: Served) -> None:
     page = opened(chromium, served)
