@@ -64,8 +64,8 @@ class Chat:
         text = plain(message["text"])
         own = message["role"] == "you"
         wrong = message.get("code", "0") != "0" or (not own and message["text"] in self.work.wrong)
-        look = "ml-8 self-end bg-primary text-white" if own else "mr-4 self-start bg-white border border-gray-300"
-        look = f"{look} border-amber-600 bg-amber-50" if wrong else look
+        look = "ml-8 self-end bg-primary text-white" if own else "mr-4 self-start border"
+        look += "" if own else " border-amber-600 bg-amber-50" if wrong else " border-gray-300 bg-white"
         table = PRE if "\n " in text else f"{TEXT} text-sm"
         ui.label(text).classes(f"{table} {look} rounded-lg px-3 py-2 max-w-full").props("data-part=message")
 

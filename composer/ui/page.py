@@ -12,7 +12,8 @@ TICK = 0.25
 """Seconds between two looks at what is new."""
 STYLE = """
 .report { --ink: #1f2933; --soft: #52606d; --line: #d9e2ec; --accent: #0b7285; font-size: 13px; width: 100%%; %s
-  table { font-size: 12px; line-height: 1.35; } th, td { padding: .25rem .3rem; } .se { font-size: 11px; } }
+  table { font-size: 12px; line-height: 1.35; } th, td { padding: .25rem .3rem; }
+  td:first-child { white-space: normal; } .se { font-size: 11px; } }
 """
 
 
