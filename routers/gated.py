@@ -152,7 +152,7 @@ class GatedKind:
         trial = self.gates if self.gates.quick else _quick()
         owners = owners_of(brief.candidates) if trial.grouped else ()
         shares = shares_of(brief.candidates, owners=owners)
-        tried: list[_Tried] = []
+        tried: list[Tried] = []
         failed: list[str] = []
         for candidate in sorted(pool, key=lambda one: one.parameters):
             most = brief.most_layers if brief.layer == "auto" else brief.layer
@@ -169,12 +169,10 @@ class GatedKind:
             for layer in layers:
                 found = [] if only else left_out(trial, by_layer[layer], shares, owners)
                 accuracy = macro([one.pair for one in found])
-                tried.append(_Tried(accuracy, clearness(found), layer, candidate.parameters, candidate.id))
+                tried.append(Tried(accuracy, clearness(found), layer, candidate.parameters, candidate.id))
         if not tried:
             raise RouterError(failed[0])
-        right = [one for one in tried if one.accuracy == max(other.accuracy for other in tried)]
-        clear = [one for one in right if one.clearness >= CLEAR * max(other.clearness for other in right)]
-        best = min(clear or right, key=lambda one: (one.layer, one.parameters, one.id))
+        best = chosen_of(tried)
         return EncoderManifest(kind="layers", source=best.id, layers=best.layer)
 
     def _sentence(self, brief: Brief) -> EncoderManifest:
@@ -206,14 +204,22 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """A layer that could read prompts."""
+class Tried:
+    """A layer that could read prompts, tried on examples that its gates were made without."""
 
     accuracy: float
+    """Mean over experts of the share of their examples that came back to them."""
     clearness: float
     layer: int
     parameters: int
     id: str
+
+
+def chosen_of(tried: Sequence[Tried]) -> Tried:
+    """Return the cheapest of the layers that are right most often, and nearly as clear as the clearest of these."""
+    right = [one for one in tried if one.accuracy == max(other.accuracy for other in tried)]
+    clear = [one for one in right if one.clearness >= CLEAR * max(other.clearness for other in right)]
+    return min(clear or right, key=lambda one: (one.layer, one.parameters, one.id))
 
 
 def owners_of(candidates: Sequence[Candidate]) -> tuple[int, ...]:

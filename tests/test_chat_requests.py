@@ -18,6 +18,7 @@ SETS = {
     "chat_requests.yaml": {"right": 0.9, "asks": 0.9, "refuses": 1.0},
     "chat_requests_held_out.yaml": {"right": 0.7, "asks": 0.9, "refuses": 1.0},
     "chat_requests_fresh.yaml": {"right": 0.5, "asks": 0.9, "refuses": 1.0},
+    "chat_requests_unseen.yaml": {"right": 0.9, "asks": 0.9, "refuses": 1.0},
 }
 """The least rates of a set: right recipes (or tools), ambiguous ones asked back, impossible ones refused or asked. The
 held-out set's are what was measured, to notice when they fall; they are no goal."""

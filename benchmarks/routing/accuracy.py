@@ -26,7 +26,7 @@ from composer.artefacts import digest
 from composer.cli import _quiet_libraries
 from routers import Candidate
 from routers.encoders import features_by_layer, load_encoder, make_table
-from routers.gated import Gates, left_out, macro
+from routers.gated import Gates, Tried, chosen_of, clearness, left_out, macro
 from routers.linear import FittedGates
 from routers.mlp import MLPGates
 from routers.policy import Policy
@@ -110,9 +110,13 @@ class Bench:
         """Return the layer that leave-one-out chooses, as a router does, and the figure it goes by."""
         own = examples(count)
         read = self.features.of(encoder, flat(own))
-        found = [macro([one.pair for one in left_out(LinearGates(), layer, shares(own))]) for layer in read]
-        best = max(range(len(found)), key=lambda layer: (found[layer], -layer))
-        return best, round(found[best], 3)
+        found = [left_out(LinearGates(), layer, shares(own)) for layer in read]
+        tried = [
+            Tried(macro([one.pair for one in left]), clearness(left), layer, 0, encoder)
+            for layer, left in enumerate(found)
+        ]
+        best = chosen_of(tried)
+        return best.layer, round(best.accuracy, 3)
 
 
 def depth(bench: Bench) -> None:

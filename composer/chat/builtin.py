@@ -427,7 +427,8 @@ class _Listening:
         preferred, *others = [one for one in clause.children if isinstance(one, Tree)]
         weights = self.values.setdefault("weights", {})
         for names, weight in ((preferred, times), *((one, 1.0) for one in others)):
-            weights |= dict.fromkeys(self._names(Tree("prefer", [names]), "task"), weight)
+            found = self._names(Tree("prefer", [names]), "task")
+            weights |= {task: weight for task in found if weight == times or task not in weights}
 
     def _evaluate(self, clause: Tree[Token]) -> None:
         also = any(token.type == "ALSO" for token in _tokens([clause]))

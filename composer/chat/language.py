@@ -14,7 +14,7 @@ from composer.chat.scanner import Scan, scan
 from composer.chat.words import clean
 
 HARMLESS = frozenset(
-    {"WORD", "QUOTED", "PATH", "NUMBER", "STAY", "SPLIT", "NOUN", "ALSO", "ALIKE", "OUTWORD", "ROUTER"}
+    {"WORD", "QUOTED", "PATH", "NUMBER", "STAY", "SPLIT", "NOUN", "ALSO", "ALIKE", "OUTWORD", "ROUTER", "TOGETHER"}
 )
 """Tokens that may be passed over: they change nothing by themselves."""
 GRAMMAR = Path(__file__).with_name("language.lark")

@@ -4,7 +4,8 @@ from functools import cache
 
 PHRASES: dict[str, str] = {
     # --- verbs
-    "MERGE": "combination of|a combination of|mixture of|a mixture of|a blend of|a mix of|bundle|weld|assemble|"
+    "MERGE": "mixed|blended|fused|combined|"
+    "combination of|a combination of|mixture of|a mixture of|a blend of|a mix of|bundle|weld|assemble|"
     "unify|amalgamate|make something from|build something from|build me something from|construct|create|turn into one|"
     "merge|combine|blend|fuse|mix|join|unite|compose|merging|put together|bring together|build|"
     "pair|marry|stitch together|one model out of|a model out of|one model of|one model from|composite of|"
@@ -12,8 +13,11 @@ PHRASES: dict[str, str] = {
     "ONLY": "only|just the|nothing but|exclusively",
     "NO": "no",
     "NOTHING": "nothing|none of them|anything|any of them|no models",
-    "NOMERGE": "only route|just route|no merging|without merging|no merges|route only|do not merge anything",
-    "OUT": "throw away|scrap|strike|delete|forget about using|cut|cut out|lose the|"
+    "NOMERGE": "skip the merging|skip merging|leave the merging out|no need to merge|no merge at all|"
+    "only route|just route|no merging|without merging|no merges|route only|do not merge anything",
+    "OUT": "everything but|all but|all except|everything except|everyone but|every model but|don't need|do not need|"
+    "dont need|need no|no use for|have no use for|"
+    "throw away|scrap|strike|delete|forget about using|cut|cut out|lose the|"
     "do away with|not including|not counting|besides|nothing of|leave aside|save for|no need for|not interested in|"
     "leave out|leaves out|left out|take out|throw out|kick out|exclude|excluding|omit|remove|skip|ignore|"
     "without|except|except for|but not|but no|apart from|other than|minus|drop out|get rid of|discard|ditch",
@@ -27,7 +31,9 @@ PHRASES: dict[str, str] = {
     "separate|separately|unchanged|in one piece|apart|a whole expert|whole expert|whole experts",
     "STAY": "stay|stays|remain|remains|is kept|be kept|are kept|is to stay",
     "MUST": "must|must be|should|should be|shall|has to|have to|needs to|is|are|be|was|were|may|ought to",
-    "NOT": "not|never|no longer|don't|do not|does not|doesn't|must not|mustn't|should not|shouldn't|may not|cannot|"
+    "NOT": "dont|doesnt|isnt|cant|wont|shouldnt|mustnt|is not allowed to|are not allowed to|not allowed to|"
+    "isn't allowed to|aren't allowed to|"
+    "not|never|no longer|don't|do not|does not|doesn't|must not|mustn't|should not|shouldn't|may not|cannot|"
     "can't|can not|won't|will not|isn't|is not|without any|do never|shall not|shan't",
     "ADD": "throw in|bring|also add|take on board|toss in|plug in|add in|extend with|restore|re-add|readd|"
     "add|include|put|bring back|put back|take in|bring in|also take|also use|also merge|also include",
@@ -42,7 +48,8 @@ PHRASES: dict[str, str] = {
     "protect|make sure|make sure that|ensure|ensure that|guarantee|guard|see to it that|be careful with|"
     "without losing|without hurting|without harming|don't let|do not let|must keep|do not lose|don't lose|"
     "must not lose|do not hurt|don't hurt|safeguard",
-    "PREFER": "prioritise|prioritize|prioritising|prioritizing|with priority on|priority on|priority to|priority for|"
+    "PREFER": "i care the most about|care the most about|care most for|"
+    "prioritise|prioritize|prioritising|prioritizing|with priority on|priority on|priority to|priority for|"
     "give priority to|focus on|focusing on|with focus on|with a focus on|focus is on|concentrate on|emphasise|"
     "emphasize|with emphasis on|put emphasis on|emphasis on|weigh|weight|favour|favor|care most about|"
     "i care most about|mostly care about|i mostly care about|care more about|i care more about|what matters most is|"
@@ -53,9 +60,16 @@ PHRASES: dict[str, str] = {
     "a priority|the priority|top priority|highest priority|crucial|essential|the most important|"
     "the most important one",
     "THAN": "than|as much as",
-    "EQUALLY": "weigh all tasks equally|count all tasks equally|all tasks equally|equal weights|weigh them equally|"
+    "EQUALLY": "give every task the same weight|every task the same weight|the same weight for every task|"
+    "the same weight|same weight|give all tasks the same weight|all tasks the same weight|"
+    "weigh all tasks equally|count all tasks equally|all tasks equally|equal weights|weigh them equally|"
     "equally important|no priorities|all tasks count the same|same weight for all tasks|treat all tasks the same|"
     "weigh them all the same|weigh all tasks the same|all tasks matter the same|all tasks matter equally",
+    "TOGETHER": "together|all together",
+    "UNGUARD": "doesn't need protecting|doesnt need protecting|does not need protecting|does not need protection|"
+    "doesn't need protection|needs no protection|need no protection|no longer needs protection|"
+    "no longer needs protecting|no longer need protecting|don't need protecting|need not be protected|"
+    "doesn't need protecting anymore|does not need protection any more",
     "SWAP": "swap|replace|exchange|trade|swap out|switch out",
     "DROP": "worse|be worse|drop|drops|dropping|get worse|gets worse|suffer|suffers|decline|declines|fall|falls|"
     "regress|regresses|"
@@ -88,7 +102,10 @@ PHRASES: dict[str, str] = {
     # --- how
     "ROUTER": "router|routing|gate|gates|gating",
     "NOUN": "operator|operators|strategy|strategies|method|methods|algorithm|recipe for merging|search|task|tasks",
-    "ALWAYS": "in any case|no matter what|accept every merge|accept all merges|accept any merge|keep every merge|"
+    "ALWAYS": "keep whatever the merge gives|whatever the merge gives|keep whatever comes out|whatever comes out|"
+    "no matter how it scores|take the merge no matter how it scores|i don't care about the score|"
+    "i dont care about the score|i do not care about the score|"
+    "in any case|no matter what|accept every merge|accept all merges|accept any merge|keep every merge|"
     "keep all merges|keep the merge|keep the merge in any case|accept always|always accept|accept everything|"
     "always keep the merge|unconditionally|whatever it scores",
     # --- serving, running, asking
@@ -97,7 +114,8 @@ PHRASES: dict[str, str] = {
     "evaluate|evaluate on|measure|measure on|judge|score|benchmark|test on|evaluated on|evaluating|"
     "judged by|judged on|measured on|score on|test it on|tasks are|add task|add tasks|add the task",
     "ALSO": "too|as well|also|additionally|as a further task|on top of that",
-    "SERVE": "make it available|put it on port|put it up|start serving|go live|publish|open the endpoint|"
+    "SERVE": "start a server|start a server for it|spin up a server|spin up an endpoint|run a server|spin it up|"
+    "make it available|put it on port|put it up|start serving|go live|publish|open the endpoint|"
     "start the endpoint|start the server|make an endpoint|run it on port|serve that|have it served|and serve|"
     "serve|serving|host|deploy|bring up|put online|expose|put it online|bring it up|serve again",
     "HALT": "stop serving|shut down|stop the server|stop the endpoint|take it down|take down|bring down|stop it|stop",
@@ -150,8 +168,11 @@ PHRASES: dict[str, str] = {
     "undo|take that back|revert|go back|undo that|back one step|scratch that",
     "ROLLBACK": "roll back|rollback|go back to the last one|back to the last composite|back to the previous one|"
     "roll back to the last one|the previous composite|back to the last one",
-    "RESET": "start over|reset|from scratch|start again|begin again|start afresh|forget everything|clear",
-    "HELP": "what do you understand|what else can you do|what are my options|options|how do i|"
+    "RESET": "back to the beginning|scrap all that|back to square one|from the beginning|back to the start|"
+    "start from zero|"
+    "start over|reset|from scratch|start again|begin again|start afresh|forget everything|clear",
+    "HELP": "what can i type|what can i type here|i'm lost|i am lost|what should i say|what do i type|what now|"
+    "what do you understand|what else can you do|what are my options|options|how do i|"
     "instructions|manual|"
     "help|what can you do|what can i say|what can i ask|how does this work|commands|usage|hello|hi",
     "TRAIN": "learn from|retraining|finetuning|fine-tuning|training run|lora training|rl|dpo|sft|"
@@ -171,7 +192,14 @@ PHRASES: dict[str, str] = {
     "after that|while|whereas|however|provided|provided that|so that|as long as|"
     "although|though|because|since|once",
     # --- what says nothing
-    "_NOISE": "about|the whole thing|whole thing|wait|see|what happens|see what happens|"
+    "_NOISE": "itself|themselves|anyway|anyways|project|this project|for this project|for my thesis|garbage|junk|"
+    "rubbish|useless|rest is fine|the rest is fine|is fine|that is fine|fine by me|fine with me|is ok|is okay|"
+    "single system|one system|single|system|network|one network|sent|request|requests|each request|to the right model|"
+    "the right model|secondary|is secondary|everything else is secondary|the rest is secondary|over it|over them|"
+    "they're|they are|it's|that's|i'm|we're|we'd|compare them by|hmm|mhm|on second thought|on second thoughts|i meant|"
+    "meant|i mean|thing|must finish|finish|each from|from each|laptop|machine|my laptop|my machine|has only|only has|"
+    "group models|group them|if|"
+    "about|the whole thing|whole thing|wait|see|what happens|see what happens|"
     "a|an|the|please|pls|could|can|could you|can you|would you|would|you|i|we|us|me|my|our|want|i want|like|"
     "i would like|i'd like|need|to|of|for|from|into|in|on|at|as|it|its|them|they|these|those|this|that|which|who|"
     "do|does|will|so|now|instead|actually|maybe|perhaps|thanks|thank you|thank|okay|ok|well|hey|just|"
@@ -183,7 +211,7 @@ PHRASES: dict[str, str] = {
     "whichever|there|here|with a|with the|between them|between|level|endpoint|server|engine|up|time|memory|"
     "limit to|set|set to|set the|i think|what about|how about|what|between the|zoo|going|running|done|"
     "long|alright|kind|type|version|operation|mode|at all|any|much|very|really|also the|want to|both of|"
-    "using the|together",
+    "using the",
 }  # fmt: skip
 """Phrases by the token they become; a token with an underscore is the lexicon's own."""
 
@@ -242,7 +270,7 @@ UNITS: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), ("TIME", 1 / 60)),
     **dict.fromkeys(("min", "mins", "minute", "minutes"), ("TIME", 1.0)),
     **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), ("TIME", 60.0)),
-    **dict.fromkeys(("gb", "gib", "gigabyte", "gigabytes"), ("MEMORY", 1.0)),
+    **dict.fromkeys(("gb", "gib", "gig", "gigs", "gigabyte", "gigabytes"), ("MEMORY", 1.0)),
     **dict.fromkeys(("mb", "mib", "megabyte", "megabytes"), ("MEMORY", 1e-3)),
     **dict.fromkeys(("%", "percent"), ("PERCENT", 1e-2)),
     **dict.fromkeys(("times", "fold"), ("TIMES", 1.0)),

@@ -176,6 +176,9 @@ def _after(words: list[Word], place: int) -> int | None:
             "result",
             "composite",
             "to",
+            "thing",
+            "whole",
+            "model",
         ):
             return index
     return None
@@ -197,7 +200,7 @@ def _as(token: Token, kind: str) -> Token:
 
 _DENIED = {
     "MERGE": "NOMERGE", "SERVE": "UNSERVE", "DROP": "HOLD", "OUT": "ADD", "RUN": "CANCEL", "KEEP": "OUT", "USE": "OUT",
-    "ADD": "OUT",
+    "ADD": "OUT", "OVER": "UNDER",
 }  # fmt: skip
 """What "not" makes of the next word."""
 
@@ -309,7 +312,13 @@ def _predicates(tokens: list[Token]) -> list[Token]:
     done: list[Token] = []
     for place, token in enumerate(tokens):
         before = tokens[place - 1].type if place else ""
-        said = token.type in ("HOLD", "STAY") or (before == "MUST" and token.type in ("OUT", "WHOLE"))
+        if token.type == "PREFER" and before in NAMED | {"MUST"} and str(token).lower() in ("count", "weigh", "weight"):
+            token = _as(token, "MATTER")  # "web should count double"
+        said = (
+            token.type in ("HOLD", "STAY", "UNGUARD")
+            or (token.type == "ALIKE" and before in NAMED)
+            or (before == "MUST" and token.type in ("OUT", "WHOLE"))
+        )
         said = said or (before in NAMED and token.type == "NOMERGE")
         after = tokens[place + 1].type if place + 1 < len(tokens) else ""
         said = said or (token.type == "MATTER" and before != "TIMES") or (token.type == "TIMES" and after == "MATTER")
@@ -332,7 +341,10 @@ def _mark(done: list[Token]) -> None:
     head = done[start - 1].type if start else "SEP"
     if head in ("PROTECT", "KEEP", "LEAVE", "WHY", "FORGET"):
         return
-    if head != "SEP":  # "merge a and b, c must not drop": only what comes after the last comma, else the last "and"
+    if head not in (
+        "SEP",
+        "MUST",
+    ):  # "merge a and b, c must not drop": only what comes after the last comma, else the last "and"
         joints = [place for place in range(start, end) if done[place].type == "AND"]
         commas = [place for place in joints if str(done[place]) == ","]
         if not joints:
