@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from composer.clustering import ClusterSection
-from composer.errors import RecipeError
+from composer.errors import RecipeError, first_line
 from composer.evaluation.settings import EvaluateSection
 from composer.merging.settings import MergeSection
 from composer.mixture.settings import MixtureSection
@@ -104,13 +104,31 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such recipe file")
     try:
-        document = YAML(typ="rt").load(path.read_text())
+        text = path.read_text()
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file") from None
+    return read_recipe(text, path, overrides)
+
+
+def read_recipe(text: str, path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check the text of a recipe.
+
+    Args:
+        text: YAML.
+        path: What errors call it; relative paths in it are meant from there.
+        overrides: As for `load_recipe`.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    try:
+        document = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = mark.line + 1 if mark else 1
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file") from None
+    except YAMLError as error:  # a control character, for one
+        raise RecipeError(f"{path}:1: not valid YAML: {first_line(error)}") from None
     if not isinstance(document, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     overridden: set[tuple[str | int, ...]] = set()

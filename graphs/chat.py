@@ -26,6 +26,7 @@ from composer.chat.calls import CALL, Question, Understood
 from composer.chat.desk import Desk, composed, is_no, is_yes
 from composer.chat.draft import Draft, begun, changed
 from composer.chat.driver import Driver, make_driver
+from composer.chat.rewrite import rewritten
 from composer.chat.saving import as_yaml, save
 from composer.errors import CancelledError, ComposerError, RecipeError
 from composer.progress import Progress, Step
@@ -195,6 +196,12 @@ class _Turn:
 
     def _run(self, call: calls.RunDraft) -> None:
         self.planning = True
+
+    def _rewrite(self, call: calls.RewriteDraft) -> None:
+        new = rewritten(self.draft, call.text, self.desk.shelf)
+        self.earlier.append(self.draft.model_dump(mode="json"))
+        self.draft, self.planning = new, True
+        self.say(answers.draft_in_words(new))
 
     def _show_draft(self, call: calls.ShowDraft) -> None:
         self.say(as_yaml(self.draft) if self.draft.tasks else answers.draft_in_words(self.draft))
@@ -367,7 +374,7 @@ def _planned(run: Run, draft: Draft, desk: Desk, progress: Progress) -> "tuple[P
         from graphs.drive import advance
         from graphs.state import ComposeContext
 
-        with desk.working(f"the plan of {run.name}"), run.locked():
+        with desk.working(f"the plan of {run.name}", run), run.locked():
             run.create(draft.recipe)
             context = ComposeContext(run_path=str(run.path))
             context.session.stopping.clear()
@@ -394,7 +401,7 @@ def compose(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal[
     context = ComposeContext(run_path=str(run.path), keep_serving=draft.serve)
     told = []
     try:
-        with desk.working(run.name), run.locked():
+        with desk.working(run.name, run), run.locked():
             stopped = stop_serving()  # one composite at a time: they share memory and ports
             told = [say(f"stopped {stopped} to make room")] if stopped else []
             context.session.stopping.clear()

@@ -4,13 +4,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from composer.chat.calls import Call
+from composer.chat.calls import Call, Question
+from composer.chat.draft import Draft, begun
 from composer.progress import Step
 from composer.runs import runs_root
 from composer.value import Value
-from graphs.chat import ChatContext, build, cancel, serving_in_words, stop_serving
+from graphs.chat import ChatContext, build, cancel, served, serving_in_words, stop_serving
+
+if TYPE_CHECKING:
+    from composer.serving.server import Endpoint
 
 FILE = "conversations.sqlite"
 """LangGraph's checkpoints of all conversations, in the runs directory; one thread for each."""
@@ -24,6 +28,30 @@ class Told(Value):
     code: int = 0
     """The exit code of the error that the words are about, or 0."""
     step: Step | None = None
+
+
+class Standing(Value):
+    """Where a conversation stands."""
+
+    messages: tuple[dict[str, str], ...] = ()
+    """All that was said: role ("you" or "composer") and text."""
+    draft: Draft
+    waiting: str | None = None
+    """What it waits for an answer to, in words."""
+    waits_for: Literal["answer", "download", "plan"] | None = None
+    """Whether that is a question, or a yes to downloads or to the plan."""
+    options: tuple[str, ...] = ()
+    """What may be answered to the question, if it is one of several things."""
+    broken_off: bool = False
+    """Whether it ended in the middle of work, by a kill or a crash."""
+    run: str | None = None
+    """The run directory of the plan that waits, or was carried out last."""
+    finished: tuple[str, ...] = ()
+    """Runs that it finished, the last one last."""
+
+
+WAITS: dict[str, Literal["answer", "download", "plan"]] = {"clarify": "answer", "fetch": "download", "approve": "plan"}
+"""What the nodes of the chat graph wait for that wait for a person."""
 
 
 class Conversation:
@@ -87,6 +115,24 @@ class Conversation:
             state = graph.get_state(self._config)
             return bool(state.next) and not state.interrupts
 
+    @property
+    def standing(self) -> Standing:
+        """Where it stands, all read at once."""
+        with self._graph() as graph:
+            state = graph.get_state(self._config)
+        kept, asked = state.values, state.values.get("question")
+        question = Question.model_validate(asked) if asked and state.interrupts else None
+        return Standing(
+            messages=tuple(kept.get("messages") or ()),
+            draft=Draft.model_validate(kept["draft"]) if kept.get("draft") else begun(self.context.desk.shelf),
+            waiting=str(state.interrupts[0].value["ask"]) if state.interrupts else None,
+            waits_for=WAITS[state.next[0]] if state.interrupts else None,
+            options=question.options if question else (),
+            broken_off=bool(state.next) and not state.interrupts,
+            run=kept.get("run"),
+            finished=tuple(kept.get("finished") or ()),
+        )
+
     def say(self, message: str) -> Iterator[Told]:
         """Say something; yield what comes back, until it is done or waits for an answer."""
         from langgraph.types import Command
@@ -125,6 +171,11 @@ class Conversation:
     def serving(self) -> str | None:
         """What this process serves, and where, or None."""
         return serving_in_words()
+
+    @property
+    def endpoint(self) -> "Endpoint | None":
+        """Where this process serves a composite, or None."""
+        return served()
 
     def close(self) -> None:
         """Stop what this process serves."""

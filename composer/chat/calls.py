@@ -48,6 +48,13 @@ class RunDraft(Value):
     tool: Literal["run"] = "run"
 
 
+class RewriteDraft(Value):
+    """Replace the draft by a whole recipe, written as YAML; its plan is shown and waits for a yes."""
+
+    tool: Literal["rewrite"] = "rewrite"
+    text: str = Field(max_length=200_000, description="A recipe of models of the shelf.")
+
+
 class ShowDraft(Value):
     """Show the recipe as it stands."""
 
@@ -130,6 +137,7 @@ Call = Annotated[
     | DraftRecipe
     | PlanDraft
     | RunDraft
+    | RewriteDraft
     | ShowDraft
     | Status
     | Cancel
@@ -148,8 +156,8 @@ CALL: TypeAdapter[Call] = TypeAdapter(Call)
 TOOLS: dict[str, type[Value]] = {
     kind.model_fields["tool"].default: kind
     for kind in (
-        ListModels, InspectModel, CompareModels, DraftRecipe, PlanDraft, RunDraft, ShowDraft, Status, Cancel, Serve,
-        Stop, Route, Explain, ShowEvidence, Save, Undo, RollBack, Help,
+        ListModels, InspectModel, CompareModels, DraftRecipe, PlanDraft, RunDraft, RewriteDraft, ShowDraft, Status,
+        Cancel, Serve, Stop, Route, Explain, ShowEvidence, Save, Undo, RollBack, Help,
     )
 }  # fmt: skip
 """All tools by name."""

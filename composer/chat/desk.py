@@ -5,7 +5,9 @@ Each tool calls the room that does the work; none has an implementation of its o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +19,18 @@ from composer.errors import BusyError, RecipeError
 from composer.progress import Progress
 from composer.runs import Run
 
+if TYPE_CHECKING:
+    from composer.clustering import ClusterSection
+    from composer.similarity import SimilarityMatrix
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Models that were compared, and by what they would be grouped."""
+
+    matrix: "SimilarityMatrix"
+    section: "ClusterSection"
+
 
 class Desk:
     """The tools' surroundings; one for each runs directory and zoo in a process."""
@@ -25,9 +39,13 @@ class Desk:
         self.root = root
         self.store = Store(root / "store")
         self.shelf: Shelf = open_shelf(zoo, self.store)
+        self.run: Run | None = None
+        """The run that is worked on in this process."""
+        self.compared: Compared | None = None
+        """What was compared last, outside of a run."""
 
     @contextmanager
-    def working(self, what: str) -> Iterator[None]:
+    def working(self, what: str, run: Run | None = None) -> Iterator[None]:
         """Hold the machine for one run: two would share its memory.
 
         Raises:
@@ -38,9 +56,11 @@ class Desk:
         try:
             with FileLock(self.root / "working.lock", timeout=0):
                 note.write_text(what)
+                self.run = run
                 try:
                     yield
                 finally:
+                    self.run = None
                     note.unlink(missing_ok=True)
         except Timeout:
             other = note.read_text() if note.is_file() else "another run"
@@ -72,6 +92,7 @@ class Desk:
         recipe = Draft(document={**document, "evaluate": document.get("evaluate") or {"tasks": ["none"]}}).recipe
         zoo = inspect_zoo(recipe.zoo, self.store, progress)
         matrix = compare(zoo, self.store, recipe.cluster, recipe.probes, progress=progress)
+        self.compared = Compared(matrix=matrix, section=recipe.cluster)
         lines = []
         for place, first in enumerate(matrix.ids):
             for second in matrix.ids[place + 1 :]:

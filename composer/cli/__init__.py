@@ -15,7 +15,7 @@ from composer import __version__
 from composer.errors import INTERRUPTED, ComposerError, DiskFullError, is_disk_full
 
 VERBS = (
-    "chat", "mcp", "run", "plan", "validate", "inspect", "cluster", "serve", "keys", "ls", "show", "operators",
+    "chat", "ui", "mcp", "run", "plan", "validate", "inspect", "cluster", "serve", "keys", "ls", "show", "operators",
     "simmerge", "router", "export", "schema",
 )  # fmt: skip
 

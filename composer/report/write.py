@@ -1,11 +1,16 @@
 """Writing the report of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from composer.artefacts import write_text
 from composer.clustering import Cluster, Join
+from composer.evaluation import Evidence
+from composer.merging.plan import MergeOutcome
+from composer.planning import Plan
 from composer.report.figures import dendrogram, heatmap, scores_plot
 from composer.report.record import RunRecord
 from composer.similarity import SimilarityMatrix
@@ -16,13 +21,11 @@ def write_report(record: RunRecord, directory: Path) -> Path:
     record.save(directory / "report.json")
     page = _template("report.html.j2").render(
         record=record,
-        evidence=record.evidence,
         heatmap=heatmap(record.similarity, record.joins),
         scores=scores_plot(record.evidence),
-        tasks=[task.task for task in record.evidence.subjects[0].scores.tasks],
-        best=_best_by_task(record),
-        gaps={one.other: one for one in record.evidence.differences},
-        by_task=record.evidence.by_task,
+        **_of_evidence(record.evidence),
+        outcomes=record.outcomes,
+        merges=record.plan.merges,
         costs={**{one.cluster: one.cost for one in record.outcomes}, "all": record.cost},
     )
     return write_text(directory / "report.html", page)
@@ -48,6 +51,21 @@ def write_clusters(
     return write_text(path, page)
 
 
+def evidence_table(evidence: Evidence) -> str:
+    """Return the report's table of evidence as HTML; all text in it is escaped."""
+    return _template("evidence.html.j2").render(**_of_evidence(evidence))
+
+
+def merge_trees(outcomes: Sequence[MergeOutcome], plan: Plan) -> str:
+    """Return the report's merge trees as HTML; all text in it is escaped."""
+    return _template("trees.html.j2").render(outcomes=outcomes, merges=plan.merges)
+
+
+def parts_style() -> str:
+    """Return the CSS of `evidence_table` and `merge_trees`."""
+    return _template("parts.css.j2").render()
+
+
 def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("composer.report", "."),
@@ -59,9 +77,20 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _best_by_task(record: RunRecord) -> dict[str, float]:
+def _of_evidence(evidence: Evidence) -> dict[str, Any]:
+    """Return what the table of evidence is filled with."""
+    return {
+        "evidence": evidence,
+        "tasks": [task.task for task in evidence.subjects[0].scores.tasks],
+        "best": _best_by_task(evidence),
+        "gaps": {one.other: one for one in evidence.differences},
+        "by_task": evidence.by_task,
+    }
+
+
+def _best_by_task(evidence: Evidence) -> dict[str, float]:
     """Return the highest score that a model has on each task, to be set in bold."""
-    subjects = [subject for subject in record.evidence.subjects if subject.real]
+    subjects = [subject for subject in evidence.subjects if subject.real]
     return {
         task.task: max(subject.scores.task(task.task).mean for subject in subjects) for task in subjects[0].scores.tasks
     }

@@ -95,7 +95,7 @@ class Door:
 
     def _check(self, scope: Message, path: str) -> None:
         headers = dict(scope["headers"])
-        if self.loopback and not _is_loopback(headers.get(b"host", b"").decode("latin-1")):
+        if self.loopback and not is_loopback(headers.get(b"host", b"").decode("latin-1")):
             raise RequestError(403, "this endpoint answers to names of its own machine only (serve.host)")
         if path in OPEN:
             return
@@ -131,7 +131,7 @@ async def refuse(error: RequestError, send: Send) -> None:
     await send({"type": "http.response.body", "body": error.body})
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Return whether a Host header names this machine."""
     name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
     if name.rstrip(".").lower() == "localhost":
