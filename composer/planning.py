@@ -13,6 +13,7 @@ from composer.merging.plan import Advice, MergePlan
 from composer.merging.strategies import STRATEGIES, Foresighted
 from composer.mixture.shapes import check_level, check_tokenizers
 from composer.recipe import Recipe
+from composer.registry import nearest
 from composer.similarity.gate import difference
 from composer.value import Value
 from composer.zoo.checkpoint import Checkpoint, Zoo
@@ -41,6 +42,9 @@ BATCH_TOKENS = 512
 """Tokens of the longest sequence in a batch; its logits are held twice, in float32."""
 FIXED_SECONDS = 25.0
 """Imports and loading of tasks."""
+
+MERGED = "merged-"
+"""What names of merges that strategies make begin with."""
 
 
 class Cost(Value):
@@ -100,6 +104,7 @@ def make_plan(
     _check_level(recipe, zoo)
     _check_skipped(recipe, zoo)
     _check_parameters(recipe, zoo)
+    _check_experts(recipe, zoo)
     _check_bases(recipe, zoo)
     if any(len(cluster.members) > 1 for cluster in clusters) and recipe.merge.strategy != "none":
         check_scorer(recipe.evaluate)
@@ -192,6 +197,21 @@ def _check_parameters(recipe: Recipe, zoo: Zoo) -> None:
         raise RecipeError(
             f"mixture.max_parameters: {most:,} is less than the smallest model has, '{least.id}' ({least.parameters:,})"
         )
+
+
+def _check_experts(recipe: Recipe, zoo: Zoo) -> None:
+    """Refuse names of experts that there cannot be; which merges are kept is known later."""
+    made = tuple(one.name for one in recipe.merge.merges)
+    section = recipe.mixture
+    named = {"router.abstain_to": [section.router.abstain_to], "router.weights": section.router.weights}
+    for key, names in {**named, "dense": [section.dense]}.items():
+        for name in names:
+            if name not in ("auto", "average", *zoo.ids, *made) and not name.startswith(MERGED):
+                close = nearest(name, [*zoo.ids, *made])
+                raise RecipeError(
+                    f"mixture.{key}: '{name}' can be no expert{close}; experts are the zoo's models, and merges "
+                    f"({MERGED}…)"
+                )
 
 
 def _check_skipped(recipe: Recipe, zoo: Zoo) -> None:

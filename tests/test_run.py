@@ -337,6 +337,13 @@ def test_plan_writes_nothing(recipe: Path, tmp_path: Path, cli: Cli) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_plan_refuses_names_that_can_be_no_experts(recipe: Path, cli: Cli) -> None:
+    result = cli("plan", str(recipe), "mixture.router.weights={merged-1: 2.0}", "mixture.router.abstain_to=mathe")
+    assert result.returncode == 2, result.stdout
+    wanted = "mixture.router.abstain_to: 'mathe' can be no expert; did you mean 'math'"
+    assert wanted in " ".join(result.stderr.split())
+
+
 def test_the_plan_says_which_example_requests_are_missing_or_the_same(recipe: Path, cli: Cli) -> None:
     line = f"    - {{id: code, model: {MODELS}/script-code}}\n"
     recipe.write_text(RECIPE.replace("merge:", f"{line}merge:"))
