@@ -24,7 +24,7 @@ from composer.serving import openapi
 from composer.serving.door import Door, RequestError
 from composer.serving.engines import Seat
 from composer.serving.keys import KeyFile
-from composer.serving.metrics import CONTENT_TYPE, Metrics
+from composer.serving.metrics import CONTENT_TYPE, UP, Metrics
 from composer.serving.settings import Limits, ServeSection
 from composer.serving.turns import Turns
 from composer.serving.upstream import DownError, GoneError, Upstream, events, read_body, unless_gone
@@ -109,8 +109,8 @@ def create_app(
     async def health() -> Response:
         """Say whether every engine answers."""
         states = engines.states()
-        good = all(state in ("ready", "remote") for state in states.values())
-        shown = {name: "ok" if state in ("ready", "remote") else state for name, state in states.items()}
+        good = all(state in UP for state in states.values())
+        shown = {name: "ok" if state in UP else state for name, state in states.items()}
         body = {"status": "ok" if good else "degraded", "engines": shown}
         return Response(orjson.dumps(body), 200 if good else 503, media_type=JSON)
 

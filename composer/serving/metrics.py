@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from routers import Decision
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+UP = ("ready", "remote")
+"""States of an engine that answers."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 MARGINS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8)
@@ -97,7 +99,7 @@ class Metrics:
     def page(self, states: dict[str, str], restarts: dict[str, int]) -> bytes:
         """Return everything in Prometheus' text format."""
         for expert, state in states.items():
-            self.up.labels(expert).set(state in ("ready", "remote"))
+            self.up.labels(expert).set(state in UP)
         for engine, count in restarts.items():
             self.restarts.labels(engine).set(count)
         return generate_latest(self.registry)
