@@ -18,10 +18,11 @@ import pytest
 
 from composer.artefacts import Store
 from composer.chat.draft import begun
-from composer.chat.rewrite import rewritten
+from composer.chat.rewrite import KEPT, rewritten
 from composer.chat.saving import as_yaml
 from composer.chat.shelf import open_shelf
 from composer.errors import RecipeError
+from composer.recipe import Recipe
 from composer.runs import AGAIN, Run
 from tests.conftest import MODELS, QUICKSTART, ROOT, Cli, children, survivors, take_signals
 
@@ -165,6 +166,25 @@ def test_a_recipe_edited_by_hand_reaches_no_further_than_the_shelf(tmp_path: Pat
         assert old in text
         with pytest.raises(RecipeError, match=wrong):
             rewritten(draft, text.replace(old, new, 1), shelf)
+
+
+def test_no_file_that_a_recipe_can_name_is_changed_in_a_conversation() -> None:
+    schema = Recipe.model_json_schema()
+
+    def files(node: dict[str, Any], key: str) -> Iterator[str]:
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        if node.get("format") == "path":
+            yield key
+        for name, below in node.get("properties", {}).items():
+            yield from files(below, f"{key}.{name}".strip("."))
+        below_it = [node[name] for name in ("items", "additionalProperties") if isinstance(node.get(name), dict)]
+        for below in (*node.get("anyOf", ()), *node.get("allOf", ()), *below_it):
+            yield from files(below, key)
+
+    named = set(files(schema, ""))
+    assert {"zoo.base", "merge.simmerge.predictor", "serve.keys"} <= named
+    assert {one for one in named if not one.startswith("zoo.models")} <= set(KEPT)
 
 
 def test_the_stages_of_a_run_follow_its_log(tmp_path: Path) -> None:

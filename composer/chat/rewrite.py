@@ -21,7 +21,7 @@ KEPT = (
     "zoo.base",
     "zoo.trust_remote_code",
     "probes.texts",
-    "merge.predictor",
+    "merge.simmerge.predictor",
     "mixture.router.labelled",
     "mixture.router.encoder",
     "serve.host",
