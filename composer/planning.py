@@ -3,7 +3,8 @@
 Door: `make_plan`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from composer.clustering import Cluster
 from composer.errors import MergeError, RecipeError
@@ -120,7 +121,15 @@ def make_plan(
     return Plan(
         clusters=clusters,
         merges=tuple(plans),
-        cost=_cost(zoo, clusters, plans, recipe, proxy_items, held_out_items),
+        cost=estimate(
+            zoo,
+            clusters,
+            plans,
+            recipe,
+            proxy_items,
+            held_out_items,
+            written=sum(one.size_bytes for one in zoo.members if not one.source.whole),  # folded in or dequantised
+        ),
         notes=_notes(zoo, clusters, recipe),
     )
 
@@ -224,21 +233,69 @@ def _check_skipped(recipe: Recipe, zoo: Zoo) -> None:
                 )
 
 
-def _cost(
-    zoo: Zoo,
-    clusters: tuple[Cluster, ...],
-    plans: list[MergePlan],
+class Priced(Protocol):
+    """A model as far as costs hang on it."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its weights."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of its output head."""
+        ...
+
+
+class PricedZoo(Protocol):
+    """Models by their names."""
+
+    @property
+    def members(self) -> Sequence[Priced]:
+        """All of them."""
+        ...
+
+    def __getitem__(self, name: str) -> Priced: ...
+
+
+def estimate(
+    zoo: PricedZoo,
+    clusters: Sequence[Cluster],
+    plans: Sequence[MergePlan],
     recipe: Recipe,
     proxy: int,
     held_out: int,
+    *,
+    written: int = 0,
 ) -> Cost:
+    """Estimate what a run takes.
+
+    Args:
+        zoo: Its models.
+        clusters: Which of them may be merged.
+        plans: One for each cluster.
+        recipe: The recipe.
+        proxy: Proxy items, over all tasks.
+        held_out: Held-out items, over all tasks.
+        written: Bytes of models that are written out before they are merged.
+    """
     largest = max(zoo.members, key=lambda member: member.parameters)
     served = [zoo[cluster.members[0]] for cluster in clusters]
     # Experts inside one model are written as one, beside the dense model that holds them.
     inside = recipe.mixture.inside and len(zoo.members) > 1
     engines = 1 if inside else len(served)
     disk = sum(plan.merges * zoo[plan.members[0]].size_bytes for plan in plans)
-    disk += sum(one.size_bytes for one in zoo.members if not one.source.whole)  # folded in or dequantised
+    disk += written
     if inside:
         disk += sum(one.size_bytes for one in zoo.members) + largest.size_bytes
     seconds = FIXED_SECONDS + engines * ENGINE_START
@@ -266,5 +323,5 @@ def _cost(
     )
 
 
-def _score_seconds(checkpoint: Checkpoint, items: int) -> float:
+def _score_seconds(checkpoint: Priced, items: int) -> float:
     return LOAD_SECONDS + items * (ITEM_SECONDS + 2.0 * checkpoint.parameters * ITEM_TOKENS / FLOPS)

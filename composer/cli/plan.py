@@ -2,12 +2,17 @@
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.filesize import decimal
 
 from composer.cli.options import json_option, print_json, recipe_arguments
+from composer.errors import ZooError
 from composer.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from composer.recipe import Recipe
 
 
 @click.command("plan")
@@ -21,9 +26,13 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from composer.preview import preview
     from composer.zoo import missing_downloads
 
-    downloads = missing_downloads(loaded.zoo)
-    if downloads:
-        _tell_downloads(downloads, as_json)
+    stated = any(entry.parameters for entry in loaded.zoo.models)
+    try:
+        downloads = missing_downloads(loaded.zoo.model_copy(update={"on_error": "stop"}) if stated else loaded.zoo)
+    except ZooError:
+        downloads = None  # what cannot be asked may be stated
+    if downloads is None or downloads:
+        _tell_outline(loaded, downloads or {}, as_json)
         return
     with (
         tempfile.TemporaryDirectory(prefix="model-composer-") as scratch,
@@ -38,14 +47,22 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         print_plan(plan, zoo)
 
 
-def _tell_downloads(downloads: dict[str, int], as_json: bool) -> None:
-    """Say what has to be here before the zoo can be compared."""
+def _tell_outline(recipe: "Recipe", downloads: dict[str, int], as_json: bool) -> None:
+    """Say what has to be here before the zoo can be compared, and what a run takes at most."""
+    from composer.artefacts import Store
+    from composer.cli.tables import print_outline
+    from composer.outline import outline
+
+    with tempfile.TemporaryDirectory(prefix="model-composer-") as scratch:
+        found = outline(recipe, Store(Path(scratch)))
     if as_json:
-        print_json({"downloads": downloads})
+        print_json({"downloads": downloads, "outline": found.model_dump(mode="json")})
         return
+    print_outline(found)
     for repository, size in downloads.items():
         click.echo(f"not here yet: {repository}, {decimal(size)}")
-    click.echo(
-        f"'run' and 'cluster' download them first ({decimal(sum(downloads.values()))}); "
-        "clusters, merges and their cost are known after that"
-    )
+    if downloads:
+        click.echo(
+            f"'run' and 'cluster' download them first ({decimal(sum(downloads.values()))}); "
+            "clusters, merges and their cost are known after that"
+        )

@@ -12,6 +12,7 @@ from composer.merging.operators import Operator
 from composer.merging.plan import Advice
 from composer.mixture.composite import Composite
 from composer.mixture.tuning import RoutingReport
+from composer.outline import Outline
 from composer.planning import Plan
 from composer.similarity import SimilarityMatrix
 from composer.zoo.checkpoint import Checkpoint, Description, Zoo
@@ -48,6 +49,31 @@ def print_plan(plan: Plan, zoo: Zoo) -> None:
     )
     for note in plan.notes:
         console.print(Text(f"note: {note}"))
+
+
+def print_outline(found: Outline) -> None:
+    """Print what a run takes at most whose models are not here."""
+    table = Table(title="Before anything is compared", title_justify="left")
+    for key in ("model", "one shape with", "parameters", "on disk", "known from"):
+        table.add_column(key, justify="right" if key in ("parameters", "on disk") else "left")
+    for one in found.models:
+        others = next(group for group in found.clusters if one.id in group)
+        table.add_row(
+            one.id,
+            ", ".join(name for name in others if name != one.id) or "none",
+            f"{one.parameters:,}",
+            decimal(one.size_bytes),
+            "the recipe" if one.declared else "its headers",
+        )
+    console.print(table)
+    if found.unreachable:
+        console.print(Text(f"note: {found.unreachable}"))
+    cost = found.cost
+    console.print(
+        f"at most: reads {decimal(found.download_bytes)}, tries {cost.trials} merges in memory, writes {cost.merges}; "
+        f"needs about {cost.memory_gb:.0f} GB of RAM, {cost.disk_gb:.0f} GB of disk for merges, and "
+        f"{_duration(cost.seconds)} on an ordinary CPU"
+    )
 
 
 def print_advice(cluster: str, advice: Advice) -> None:

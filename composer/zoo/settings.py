@@ -22,6 +22,8 @@ class ModelEntry(Section):
     """The GGUF file, in a directory or hub repository that holds several."""
     adapter: PathText | None = None
     """A LoRA adapter to fold in, written like model."""
+    parameters: int | None = Field(default=None, ge=1)
+    """How many it has; only for `plan`, which goes by it while neither the model nor the hub can be asked."""
     examples: list[str] = []
     """Five to ten requests meant for this model; the router is initialised from them."""
 
