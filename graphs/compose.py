@@ -38,9 +38,13 @@ from composer.probes import load_texts
 from composer.progress import Progress, Step
 from composer.report import RunRecord, write_report
 from composer.serving.server import Endpoint
+from composer.serving.vitals import Vitals
 from composer.similarity import SimilarityMatrix, compare
 from composer.zoo import Checkpoint, Zoo, inspect_zoo, make_whole
 from graphs.state import BranchState, ComposeContext, ComposeState, Session
+
+VITALS = "vitals.json"
+"""What serving takes, in the run directory."""
 
 
 @contextmanager
@@ -210,6 +214,10 @@ def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str,
             batch_size=recipe.evaluate.batch_size,
             progress=progress,
         )
+        progress(Step(stage="evaluate", message="latency and memory"))
+        vitals = session.serving(state["composite"], progress).vitals()
+        if vitals is not None:
+            _save(session, VITALS, vitals)
         if not runtime.context.keep_serving:
             session.close()
         session.run.log("evaluate", "scored", what="the composite through the endpoint", seconds=served.seconds)
@@ -248,6 +256,7 @@ def report(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str, A
             seconds=_durations(session),
             cost=SearchCost.total(outcome.cost for outcome in outcomes),
             scoring=_scoring(session),
+            vitals=_vitals(session),
         )
         return {"report": str(write_report(record, session.run.path))}
 
@@ -282,6 +291,11 @@ def _baselines(state: ComposeState, session: Session, progress: Progress) -> tup
 
 def _save(session: Session, name: str, value: Any) -> str:
     return str(value.save(session.run.path / name))
+
+
+def _vitals(session: Session) -> Vitals | None:
+    path = session.run.path / VITALS
+    return Vitals.load(path) if path.is_file() else None
 
 
 def _scoring(session: Session) -> dict[str, float]:

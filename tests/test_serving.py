@@ -97,6 +97,16 @@ def test_a_prompt_finds_its_expert(served: Server, client: openai.OpenAI) -> Non
 
 
 @pytest.mark.slow
+def test_what_serving_takes_is_measured(served: Server) -> None:
+    vitals = served.vitals()
+    assert vitals is not None
+    assert set(vitals.paces) == set(served.endpoint.engines)
+    assert all(pace.first_token_ms > 0 and pace.tokens_per_second > 0 for pace in vitals.paces.values())
+    assert set(vitals.memory_mb) == {engine.place.name for engine in served.supervisor.engines}
+    assert all(100 < size < 8000 for size in vitals.memory_mb.values())
+    assert 0 < vitals.route_ms < 5000
+
+
 def test_langchain_and_curl_talk_to_it(served: Server) -> None:
     from langchain_openai import ChatOpenAI
 

@@ -9,6 +9,7 @@ from composer.merging.plan import MergeOutcome
 from composer.mixture import Composite
 from composer.planning import Plan
 from composer.serving.server import Endpoint
+from composer.serving.vitals import Vitals
 from composer.similarity import SimilarityMatrix
 from composer.value import Value
 from composer.zoo import Zoo
@@ -34,3 +35,5 @@ class RunRecord(Value):
     """What the search for merges took; each outcome has its own share."""
     scoring: dict[str, float] = {}
     """Seconds that scoring held-out items took, by what was scored."""
+    vitals: Vitals | None = None
+    """What serving takes; None if it was not measured."""

@@ -10,6 +10,7 @@ from composer.artefacts import write_text
 from composer.clustering import Cluster, Join
 from composer.evaluation import Evidence
 from composer.merging.plan import MergeOutcome
+from composer.mixture.licences import licence_notes
 from composer.planning import Plan
 from composer.report.figures import dendrogram, heatmap, scores_plot
 from composer.report.record import RunRecord
@@ -22,6 +23,8 @@ def write_report(record: RunRecord, directory: Path) -> Path:
     page = _template("report.html.j2").render(
         record=record,
         heatmap=heatmap(record.similarity, record.joins),
+        dendrogram=dendrogram(record.similarity, record.joins, record.recipe["cluster"]["threshold"]),
+        licences=licence_notes({k: v for one in record.composite.experts for k, v in one.licences.items()}),
         scores=scores_plot(record.evidence),
         **_of_evidence(record.evidence),
         outcomes=record.outcomes,

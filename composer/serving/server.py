@@ -12,6 +12,7 @@ from composer.progress import Progress, Step, silent
 from composer.serving.gateway import create_app
 from composer.serving.settings import ServeSection
 from composer.serving.supervisor import Supervisor
+from composer.serving.vitals import Vitals, take_vitals
 from composer.serving.web import Web
 from composer.value import Value
 
@@ -112,6 +113,11 @@ class Server:
         self.supervisor.stop()
         if self._web is not None:
             self._web.close()
+
+    def vitals(self) -> Vitals | None:
+        """Return what serving takes, measured now on an otherwise idle endpoint; None if an expert does not answer."""
+        engines = {one.place.name: one.process.pid for one in self.supervisor.engines if one.process is not None}
+        return take_vitals(self.endpoint.url, self.endpoint.key, list(self.endpoint.engines), engines)
 
     def _start_gateway(self, web: Web) -> None:
         door, gateway = create_app(
