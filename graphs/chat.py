@@ -435,13 +435,13 @@ def report(state: ChatState, runtime: Runtime[ChatContext]) -> dict[str, Any]:
 
 
 def _serving(run: Run, progress: Progress) -> str:
-    from graphs.state import ComposeContext, close
+    from graphs.state import ComposeContext, close, front
 
     close(but=str(run.path))
     session = ComposeContext(run_path=str(run.path)).session
     session.stopping.clear()
     endpoint = session.serving(str(run.composite.resolve()), progress).endpoint
-    return f"{endpoint.model} answers at {endpoint.url}/v1 until you say stop or leave"
+    return f"{endpoint.model} answers at {front() or endpoint.url}/v1 until you say stop or leave"
 
 
 def _loaded() -> Any:
@@ -469,7 +469,7 @@ def stop_serving() -> str | None:
 def serving_in_words() -> str | None:
     """Return name and address of what this process serves, or None."""
     endpoint = served()
-    return f"{endpoint.model} at {endpoint.url}/v1" if endpoint else None
+    return f"{endpoint.model} at {_loaded().front() or endpoint.url}/v1" if endpoint else None
 
 
 def cancel() -> bool:

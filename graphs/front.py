@@ -6,6 +6,7 @@ survives a restart, and a chat that holds one message only begins it anew.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -62,6 +63,7 @@ class Front:
         """
         self._open, self.served, self.limits = open_conversation, served, limits
         self._work: dict[str, Background] = {}
+        self._lock = threading.Lock()
         self._session: aiohttp.ClientSession
 
     @asynccontextmanager
@@ -81,14 +83,16 @@ class Front:
             raise RequestError(400, f"'n' must be 1 for the model '{NAME}'", "n")
         texts = user_texts(body)
         name = f"{NAME}-{digest([str(body.get('user', '')), texts[0]])[:16]}"
-        work = self._work.get(name)
-        if work is not None and work.running:
-            return self._while_running(work, texts[-1])
-        work = self._work[name] = work or Background(self._open(name))
-        if len(texts) == 1:
-            work.conversation.forget()
-        work.start(work.conversation.say(texts[-1]))
-        return work
+        with self._lock:
+            self._work = {key: one for key, one in self._work.items() if one.running}
+            going = self._work.get(name)
+            if going is None:
+                work = self._work[name] = Background(self._open(name))
+                if len(texts) == 1:
+                    work.conversation.forget()
+                work.start(work.conversation.say(texts[-1]))
+                return work
+        return self._while_running(going, texts[-1])
 
     def _while_running(self, work: Background, said: str) -> Background:
         """Return what answers a message that comes while work is going on: a cancellation, or how far it is."""

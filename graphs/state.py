@@ -18,6 +18,7 @@ from composer.probes import load_texts
 from composer.progress import Progress
 from composer.runs import Run
 from composer.serving.server import Server
+from composer.serving.settings import ServeSection
 from composer.simmerge import Advisor
 from composer.zoo import Checkpoint, Zoo
 
@@ -141,7 +142,8 @@ class Session:
         """Return the composite's server, started if this process has not started it yet."""
         if self.server is None:
             run = self.run
-            self.server = Server(Path(composite), run.recipe.serve, run.logs, progress, run.store).__enter__()
+            section = behind_front(run.recipe.serve) if front() else run.recipe.serve
+            self.server = Server(Path(composite), section, run.logs, progress, run.store).__enter__()
         return self.server
 
     def close(self) -> None:
@@ -155,6 +157,21 @@ class Session:
 def serving() -> Server | None:
     """Return what this process serves, of whatever run; one composite at a time."""
     return next((one.server for one in _SESSIONS.values() if one.server is not None), None)
+
+
+def front() -> str:
+    """Return the address of the front that this process's composites answer behind; "" if there is none."""
+    return _FRONT[0]
+
+
+def stand_behind(url: str) -> None:
+    """Let composites of this process answer behind a front: it has the port that recipes name, and asks for keys."""
+    _FRONT[0] = url
+
+
+def behind_front(section: ServeSection) -> ServeSection:
+    """Return the settings of an endpoint that only a front of this machine asks."""
+    return section.model_copy(update={"host": "127.0.0.1", "port": 0, "require_key": False})
 
 
 def adopt(directory: Path, server: Server) -> None:
@@ -176,4 +193,5 @@ def stop() -> bool:
     return bool(_SESSIONS)
 
 
+_FRONT = [""]
 _SESSIONS: dict[str, Session] = {}

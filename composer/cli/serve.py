@@ -73,10 +73,10 @@ def _serve_composing(run: str | None, overrides: tuple[str, ...], zoo: Path, *, 
         directory, section, logs, store = _served(run, overrides, code=code)
     web = Web(section)
     try:
+        state.stand_behind(web.url)
         app = create_front(zoo, runs_root(), state.serving, section.limits, keys=web.keys, loopback=web.loopback)
         if run is not None:
-            # Its own gateway is reached from here only; keys are asked for at the front.
-            inner = section.model_copy(update={"host": "127.0.0.1", "port": 0, "require_key": False})
+            inner = state.behind_front(section)
             with progress_bar(quiet=as_json) as progress:
                 state.adopt(directory, Server(directory, inner, logs, progress, store).__enter__())
         web.start(app)
