@@ -286,6 +286,7 @@ def test_the_quickstart_composes_serves_and_reports(cli: Cli, tmp_path: Path) ->
     tuned = cli("router", "tune", str(run), "--texts", str(tmp_path / "traffic.txt"), "--write")
     assert tuned.returncode == 0, tuned.stderr
     assert "in the recipe: mixture: {router: {threshold:" in tuned.stdout
+    assert "flatter" not in tuned.stdout, "it learnt nothing from the proxy items"
     assert (run / "composite").resolve() != before
     exported = cli("export", str(run), "--out", str(tmp_path / "mix"))
     assert exported.returncode == 0, exported.stderr

@@ -40,6 +40,13 @@ def report(run: str, texts: Path | None, as_json: bool) -> None:
         print_json(made.model_dump(mode="json"))
     else:
         print_routing(made, composite)
+        _say_what_was_learnt(found)
+
+
+def _say_what_was_learnt(found: Run) -> None:
+    """Warn that a router is looked at on what it learnt from."""
+    if found.recipe.mixture.router.learn_from == "proxy":
+        click.echo("note: this router learnt from these very items, so that its figures here flatter it")
 
 
 @command.command("tune")
@@ -66,6 +73,7 @@ def tune(run: str, texts: Path | None, abstain: float | None, write: bool, as_js
         print_json(tuned.model_dump(mode="json"))
         return
     print_routing(tuned.after, composite)
+    _say_what_was_learnt(found)
     before, after = tuned.before, tuned.after
     if before.calibration is not None and after.calibration is not None:
         click.echo(
