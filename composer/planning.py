@@ -187,8 +187,8 @@ def _example_note(zoo: Zoo, clusters: tuple[Cluster, ...], recipe: Recipe) -> tu
         return ()
     names = ", ".join(f"{one.id} ({', '.join(one.members)})" for one in silent)
     return (
-        f"{names} {'has' if len(silent) == 1 else 'have'} no example requests; they will be taken from model cards, the "
-        "tasks it is best at or the texts it predicts best. 5 to 10 under zoo.models.ID.examples route better",
+        f"{names} {'has' if len(silent) == 1 else 'have'} no example requests; they will be taken from model cards, "
+        "the tasks it is best at or the texts it predicts best. 5 to 10 under zoo.models.ID.examples route better",
     )
 
 
