@@ -56,7 +56,8 @@ def test_only_the_files_needed_are_downloaded_and_only_once(hub: Hub, ask: Cli, 
     before = ask("plan", path)
     assert before.returncode == 0, before.stderr
     assert "not here yet: org/stories, 9" in before.stdout
-    assert "model.safetensors" not in fetched(hub), "a plan downloads nothing"
+    whole = [one for one in hub.requests if "safetensors" in one.path and one.status == 200 and one.sent > 400_000]
+    assert not whole, "a plan reads headers, and downloads no weights"
     result = ask("cluster", path, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["clusters"][0]["members"] == ["plain", "math"]
