@@ -203,7 +203,8 @@ def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str,
     session = runtime.context.session
     with stage("evaluate", runtime) as progress:
         # After a kill the endpoint of the serve stage is gone; it is brought up again here.
-        endpoint = session.serving(state["composite"], progress).endpoint
+        server = session.serving(state["composite"], progress)
+        endpoint = server.endpoint
         recipe, split = session.run.recipe, session.split("held_out")
         served = score_endpoint(
             endpoint,
@@ -215,7 +216,7 @@ def evaluate(state: ComposeState, runtime: Runtime[ComposeContext]) -> dict[str,
             progress=progress,
         )
         progress(Step(stage="evaluate", message="latency and memory"))
-        vitals = session.serving(state["composite"], progress).vitals()
+        vitals = server.vitals()
         if vitals is not None:
             _save(session, VITALS, vitals)
         if not runtime.context.keep_serving:

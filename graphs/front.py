@@ -27,7 +27,7 @@ from composer.serving.door import Door, RequestError
 from composer.serving.gateway import JSON, error_response, user_texts
 from composer.serving.keys import KeyFile
 from composer.serving.metrics import Metrics
-from composer.serving.server import Endpoint, Server
+from composer.serving.server import Server
 from composer.serving.settings import Limits
 from composer.serving.upstream import DownError, GoneError, events, read_body, unless_gone
 from graphs.background import Background
@@ -151,7 +151,7 @@ class Front:
         server = self.served()
         if server is not None:
             endpoint = server.endpoint
-            async with self._session.get(f"{endpoint.url}/v1/models", headers=_key(endpoint)) as answer:
+            async with self._session.get(f"{endpoint.url}/v1/models", headers=endpoint.headers) as answer:
                 data += (await answer.json())["data"]
         return Response(orjson.dumps({"object": "list", "data": data}), media_type=JSON)
 
@@ -167,7 +167,7 @@ class Front:
                 404, f"no composite is served yet; ask the model '{NAME}' for one", "model", {"retry-after": "5"}
             )
         endpoint = server.endpoint
-        headers = {name: value for name, value in request.headers.items() if name in PASSED} | _key(endpoint)
+        headers = {name: value for name, value in request.headers.items() if name in PASSED} | endpoint.headers
         asked = self._session.request(
             request.method, f"{endpoint.url}{request.url.path}", data=content, headers=headers
         )
@@ -265,10 +265,6 @@ async def _bytes(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         return
     finally:
         answer.close()
-
-
-def _key(endpoint: Endpoint) -> dict[str, str]:
-    return {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
 
 def _head(kind: str) -> dict[str, Any]:

@@ -444,6 +444,23 @@ def on_both(name: str, t: float, u: float) -> Scores:
     return Scores(subject=name, split="proxy", tasks=(first, second.model_copy(update={"task": "u"})))
 
 
+def merged_by(
+    judge: OnTwoTasks, section: MergeSection, quick: dict[str, Checkpoint], weights: dict[str, float] | None = None
+) -> MergeOutcome:
+    """Merge two models as a judge of two tasks has it."""
+    bench = Workbench(
+        zoo=Zoo(members=tuple(quick[name] for name in (MATH, WEB))),
+        cluster="cluster-1",
+        section=section,
+        executor=LocalExecutor(lambda: judge),
+        log=TrialLog(judge.root / "trials.sqlite"),
+        proxy={"t": ITEMS, "u": ITEMS},
+        fingerprint="both",
+        weights=weights or {},
+    )
+    return merge_cluster(planned(section, (MATH, WEB)), bench)
+
+
 def test_what_is_kept_goes_by_how_much_tasks_count_even_where_the_log_knows_it_all(
     quick: dict[str, Checkpoint], store: Store
 ) -> None:
@@ -463,17 +480,8 @@ def test_what_is_kept_goes_by_how_much_tasks_count_even_where_the_log_knows_it_a
         judge = Counting(store.root, lambda step: 0.4)
         judge.evaluate = EvaluateSection(tasks=["t", "u"], weights=weights)
         section = MergeSection(strategy="average", early_stopping=False)
-        bench = Workbench(
-            zoo=Zoo(members=tuple(quick[name] for name in (MATH, WEB))),
-            cluster="cluster-1",
-            section=section,
-            executor=LocalExecutor(lambda: judge),
-            log=TrialLog(store.root / "trials.sqlite"),
-            proxy={"t": ITEMS, "u": ITEMS},
-            fingerprint="both",
-            weights=weights,
-        )
-        return merge_cluster(planned(section, (MATH, WEB)), bench).result is not None, len(judge.tried)
+        outcome = merged_by(judge, section, quick, weights)
+        return outcome.result is not None, len(judge.tried)
 
     assert kept({}) == (True, 1)
     assert kept({"u": 20}) == (False, 0)
@@ -487,16 +495,7 @@ def test_a_merge_that_loses_on_a_protected_task_is_not_kept(
 ) -> None:
     judge = OnTwoTasks(store.root, lambda step: 0.4)
     section = MergeSection(strategy=strategy, protect=protect, early_stopping=False)
-    bench = Workbench(
-        zoo=Zoo(members=tuple(quick[name] for name in (MATH, WEB))),
-        cluster="cluster-1",
-        section=section,
-        executor=LocalExecutor(lambda: judge),
-        log=TrialLog(store.root / "trials.sqlite"),
-        proxy={"t": ITEMS, "u": ITEMS},
-        fingerprint="both",
-    )
-    outcome = merge_cluster(planned(section, (MATH, WEB)), bench)
+    outcome = merged_by(judge, section, quick)
     assert (outcome.result is None) == bool(protect)
     if protect:
         assert "protected task u would drop by" in outcome.trials[0].reason

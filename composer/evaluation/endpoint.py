@@ -146,8 +146,7 @@ class ComposedModel(LM):  # type: ignore[misc]
             EvaluationError: if the endpoint does not give log-probabilities of prompts.
         """
         super().__init__()
-        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-        self.client = httpx.Client(base_url=endpoint.url, timeout=TIMEOUT, trust_env=False, headers=headers)
+        self.client = httpx.Client(base_url=endpoint.url, timeout=TIMEOUT, trust_env=False, headers=endpoint.headers)
         self.progress = progress
         self.routed: dict[str, Counter[str]] = {}
         """For each task: how many items each expert got."""

@@ -35,6 +35,11 @@ class Endpoint(Value):
     key: str = Field(default="", exclude=True, repr=False)
     """What opens it to its own process, where it asks for keys; never written down."""
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request of its own process must bring."""
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
 
 class Server:
     """Serves a composite while the context is open.
@@ -117,7 +122,7 @@ class Server:
     def vitals(self) -> Vitals | None:
         """Return what serving takes, measured now on an otherwise idle endpoint; None if an expert does not answer."""
         engines = {one.place.name: one.process.pid for one in self.supervisor.engines if one.process is not None}
-        return take_vitals(self.endpoint.url, self.endpoint.key, list(self.endpoint.engines), engines)
+        return take_vitals(self.endpoint.url, self.endpoint.headers, list(self.endpoint.engines), engines)
 
     def _start_gateway(self, web: Web) -> None:
         door, gateway = create_app(

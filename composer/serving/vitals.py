@@ -37,16 +37,17 @@ class Vitals(Value):
     """Resident memory of each engine's processes, by the engine's name."""
 
 
-def take_vitals(url: str, key: str, experts: Sequence[str], engines: Mapping[str, int]) -> Vitals | None:
+def take_vitals(
+    url: str, headers: Mapping[str, str], experts: Sequence[str], engines: Mapping[str, int]
+) -> Vitals | None:
     """Ask each expert for a few short answers, and measure; return None if one does not answer.
 
     Args:
         url: The endpoint's address, without "/v1".
-        key: What opens it, or "".
+        headers: What opens it.
         experts: Their ids.
         engines: Process ids, by the engine's name.
     """
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE, trust_env=False) as client:
             ways = [_timed_route(client, prompt) for prompt in (*PROMPTS, *PROMPTS)]

@@ -53,7 +53,7 @@ async def ask(endpoint: "Endpoint", model: str, prompt: str, *, chat: bool) -> A
     try:
         async with (
             httpx.AsyncClient(timeout=120, trust_env=False) as client,
-            client.stream("POST", f"{endpoint.url}/v1/{path}", json=body, headers=_key(endpoint)) as answer,
+            client.stream("POST", f"{endpoint.url}/v1/{path}", json=body, headers=endpoint.headers) as answer,
         ):
             if answer.status_code != 200:
                 raise ServeError(_reason(await answer.aread()))
@@ -66,10 +66,6 @@ async def ask(endpoint: "Endpoint", model: str, prompt: str, *, chat: bool) -> A
                     yield Piece(text=_text(orjson.loads(line[len("data: ") :])))
     except httpx.HTTPError as error:
         raise ServeError(f"{endpoint.url} does not answer: {type(error).__name__}") from None
-
-
-def _key(endpoint: "Endpoint") -> dict[str, str]:
-    return {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
 
 def _text(event: dict[str, Any]) -> str:
