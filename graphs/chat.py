@@ -73,6 +73,8 @@ class ChatContext:
     """Where recipes are saved; by default the working directory."""
     yes: bool = False
     """Approve plans without asking; for scripts."""
+    front: str = ""
+    """Base address of the front that composites are served behind, if there is one."""
 
     @property
     def desk(self) -> Desk:
@@ -215,7 +217,7 @@ class _Turn:
     def _serve(self, call: calls.Serve) -> None:
         run = composed(self.finished[-1] if self.finished else self.run)
         self.draft = self.draft.model_copy(update={"serve": True})
-        self.say(_serving(run, _progress()))
+        self.say(_serving(run, self.context.front, _progress()))
 
     def _stop(self, call: calls.Stop) -> None:
         stopped = stop_serving()
@@ -257,7 +259,7 @@ class _Turn:
         self.draft = Draft(document=document, serve=was_served, said=(f"rolled back to {run.name}",))
         self.say(f"Back to {run.name}: {answers.draft_in_words(self.draft)}")
         if was_served:
-            self.say(_serving(run, _progress()))
+            self.say(_serving(run, self.context.front, _progress()))
 
     def _help(self, call: calls.Help) -> None:
         self.say(answers.HELP)
@@ -307,7 +309,7 @@ def price(state: ChatState, runtime: Runtime[ChatContext]) -> dict[str, Any]:
                 "messages": [say(f"{_sizes(missing)} would have to be downloaded first; the rest is known after that")]
             }
         plan, zoo = preview(recipe, desk.store, _progress())
-        told = say(answers.plan_in_words(plan, zoo, None, supposed))
+        told = say(answers.plan_in_words(plan, zoo, None, supposed, runtime.context.front))
     except ComposerError as error:
         told = say(str(error), error)
     return {"messages": [told], "supposed": None}
@@ -353,9 +355,9 @@ def plan(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal["ap
         if run.finished:
             told = say(f"This has been composed before, as {run.name}.")
             return Command(goto="report", update={"run": str(run.path), "messages": [told]})
-        made, zoo = _planned(run, draft, desk, _progress())
+        made, zoo = _planned(run, draft, runtime.context, _progress())
         broken = draft.limits.broken_by(made)
-        shown = say(answers.plan_in_words(made, zoo, run, draft))
+        shown = say(answers.plan_in_words(made, zoo, run, draft, runtime.context.front))
         update = {"run": str(run.path), "messages": [shown]}
         if broken:
             hint = f"{broken}; try fewer items or models, another strategy, or lift the limit"
@@ -365,7 +367,7 @@ def plan(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal["ap
         return Command(goto="__end__", update={"messages": [say(str(error), error)]})
 
 
-def _planned(run: Run, draft: Draft, desk: Desk, progress: Progress) -> "tuple[Plan, Zoo]":
+def _planned(run: Run, draft: Draft, chat: ChatContext, progress: Progress) -> "tuple[Plan, Zoo]":
     """Return the plan of a run, made now unless an earlier attempt got that far."""
     from composer.planning import Plan
     from composer.zoo.checkpoint import Zoo
@@ -374,9 +376,9 @@ def _planned(run: Run, draft: Draft, desk: Desk, progress: Progress) -> "tuple[P
         from graphs.drive import advance
         from graphs.state import ComposeContext
 
-        with desk.working(f"the plan of {run.name}", run), run.locked():
+        with chat.desk.working(f"the plan of {run.name}", run), run.locked():
             run.create(draft.recipe)
-            context = ComposeContext(run_path=str(run.path))
+            context = ComposeContext(run_path=str(run.path), front=chat.front)
             context.session.stopping.clear()
             advance(run, context, progress)
     sound = run.path / "zoo-sound.json"
@@ -398,7 +400,7 @@ def compose(state: ChatState, runtime: Runtime[ChatContext]) -> Command[Literal[
 
     desk, run = runtime.context.desk, Run(Path(str(state.get("run"))))
     draft = _draft(state, desk)
-    context = ComposeContext(run_path=str(run.path), keep_serving=draft.serve)
+    context = ComposeContext(run_path=str(run.path), keep_serving=draft.serve, front=runtime.context.front)
     told = []
     try:
         with desk.working(run.name, run), run.locked():
@@ -428,20 +430,20 @@ def report(state: ChatState, runtime: Runtime[ChatContext]) -> dict[str, Any]:
     told = [say(answers.result_in_words(run, evidence, composite, draft.recipe.merge.protect))]
     if draft.serve:
         try:
-            told.append(say(_serving(run, _progress())))
+            told.append(say(_serving(run, runtime.context.front, _progress())))
         except ComposerError as error:
             told.append(say(str(error), error))
     return {"finished": [*finished, str(run.path)], "messages": told}
 
 
-def _serving(run: Run, progress: Progress) -> str:
-    from graphs.state import ComposeContext, close, front
+def _serving(run: Run, front: str, progress: Progress) -> str:
+    from graphs.state import ComposeContext, close
 
     close(but=str(run.path))
-    session = ComposeContext(run_path=str(run.path)).session
+    session = ComposeContext(run_path=str(run.path), front=front).session
     session.stopping.clear()
     endpoint = session.serving(str(run.composite.resolve()), progress).endpoint
-    return f"{endpoint.model} answers at {front() or endpoint.url}/v1 until you say stop or leave"
+    return f"{endpoint.model} answers at {endpoint.address}/v1 until you say stop or leave"
 
 
 def _loaded() -> Any:
@@ -469,7 +471,7 @@ def stop_serving() -> str | None:
 def serving_in_words() -> str | None:
     """Return name and address of what this process serves, or None."""
     endpoint = served()
-    return f"{endpoint.model} at {_loaded().front() or endpoint.url}/v1" if endpoint else None
+    return f"{endpoint.model} at {endpoint.address}/v1" if endpoint else None
 
 
 def cancel() -> bool:

@@ -65,6 +65,7 @@ class Conversation:
         zoo: Path | None = None,
         home: Path | None = None,
         yes: bool = False,
+        front: str = "",
     ) -> None:
         """Open a conversation, new or kept.
 
@@ -74,12 +75,13 @@ class Conversation:
             zoo: A recipe or a folder of checkpoints; by default the quickstart recipe.
             home: Where recipes are saved; by default the working directory.
             yes: Whether plans are approved without asking.
+            front: Base address of the front that composites are served behind, if there is one.
 
         Raises:
             RecipeError: if there is no such zoo.
         """
         self.name, self.root = name, root or runs_root()
-        self.context = ChatContext(root=str(self.root), zoo=str(zoo or ""), home=str(home or ""), yes=yes)
+        self.context = ChatContext(root=str(self.root), zoo=str(zoo or ""), home=str(home or ""), yes=yes, front=front)
         self.context.desk  # noqa: B018 - what is wrong with the zoo is told now
         self.root.mkdir(parents=True, exist_ok=True)
 

@@ -188,13 +188,14 @@ class Front:
 
 
 def create_front(
-    zoo: Path | None, root: Path, served: Served, limits: Limits, *, keys: KeyFile | None, loopback: bool
+    zoo: Path | None, root: Path, url: str, served: Served, limits: Limits, *, keys: KeyFile | None, loopback: bool
 ) -> Door:
     """Return the application.
 
     Args:
         zoo: What is composed from: a recipe or a folder of checkpoints; by default the quickstart recipe.
         root: Where runs live.
+        url: The base address that the application will be served at.
         served: Gives what serves a composite now; None while there is none.
         limits: What one client may ask.
         keys: Who may ask; None for everybody.
@@ -203,7 +204,7 @@ def create_front(
     Raises:
         RecipeError: if there is no such zoo.
     """
-    front = Front(lambda name: Conversation(name, root=root, zoo=zoo), served, limits)
+    front = Front(lambda name: Conversation(name, root=root, zoo=zoo, front=url), served, limits)
     Conversation(NAME, root=root, zoo=zoo)  # what is wrong with the zoo is told now
 
     @asynccontextmanager

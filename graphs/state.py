@@ -18,7 +18,6 @@ from composer.probes import load_texts
 from composer.progress import Progress
 from composer.runs import Run
 from composer.serving.server import Server
-from composer.serving.settings import ServeSection
 from composer.simmerge import Advisor
 from composer.zoo import Checkpoint, Zoo
 
@@ -67,10 +66,13 @@ class ComposeContext:
     keep_serving: bool = False
     """Leave the endpoint up after the evaluation; whoever asked for it closes the session."""
 
+    front: str = ""
+    """Base address of the front that the composite is served behind, if there is one."""
+
     @property
     def session(self) -> "Session":
         """What this process holds for the run."""
-        return _SESSIONS.setdefault(self.run_path, Session(Run(Path(self.run_path))))
+        return _SESSIONS.setdefault(self.run_path, Session(Run(Path(self.run_path)), self.front))
 
 
 @dataclass
@@ -78,6 +80,8 @@ class Session:
     """What one process holds for one run: loaded items, the server, the turn of merge branches."""
 
     run: Run
+    front: str = ""
+    """As in `ComposeContext`."""
     server: Server | None = None
     one_at_a_time: Lock = field(default_factory=Lock)
     """Held by each merge branch: they share the cores and the memory of one machine. (LangGraph's own
@@ -142,8 +146,8 @@ class Session:
         """Return the composite's server, started if this process has not started it yet."""
         if self.server is None:
             run = self.run
-            section = behind_front(run.recipe.serve) if front() else run.recipe.serve
-            self.server = Server(Path(composite), section, run.logs, progress, run.store).__enter__()
+            server = Server(Path(composite), run.recipe.serve, run.logs, progress, run.store, self.front)
+            self.server = server.__enter__()
         return self.server
 
     def close(self) -> None:
@@ -159,24 +163,9 @@ def serving() -> Server | None:
     return next((one.server for one in _SESSIONS.values() if one.server is not None), None)
 
 
-def front() -> str:
-    """Return the address of the front that this process's composites answer behind; "" if there is none."""
-    return _FRONT[0]
-
-
-def stand_behind(url: str) -> None:
-    """Let composites of this process answer behind a front: it has the port that recipes name, and asks for keys."""
-    _FRONT[0] = url
-
-
-def behind_front(section: ServeSection) -> ServeSection:
-    """Return the settings of an endpoint that only a front of this machine asks."""
-    return section.model_copy(update={"host": "127.0.0.1", "port": 0, "require_key": False})
-
-
 def adopt(directory: Path, server: Server) -> None:
     """Let what a command serves be found, and stopped to make room, as if a run of this process served it."""
-    _SESSIONS[str(directory)] = Session(Run(directory), server)
+    _SESSIONS[str(directory)] = Session(Run(directory), server.front, server)
 
 
 def close(but: str = "") -> None:
@@ -193,5 +182,4 @@ def stop() -> bool:
     return bool(_SESSIONS)
 
 
-_FRONT = [""]
 _SESSIONS: dict[str, Session] = {}

@@ -124,6 +124,7 @@ def test_a_client_composes_uses_what_was_made_and_changes_its_mind(url: str, roo
     said: SAID = []
     port = url.rpartition(":")[2]  # the one that is taken, as that of a recipe would be by default
     plan = chat(url, said, f"merge math and law, 4 items per task, and serve it on port {port}")
+    assert f"behind {url};" in plan
     assert plan.rstrip().endswith("Go ahead?")
     assert not (root / "runs" / "store" / "merged").exists()
     made = chat(url, said, "yes", stream=True)

@@ -62,8 +62,16 @@ def draft_in_words(draft: Draft) -> str:
     return "; ".join(said) + "."
 
 
-def plan_in_words(plan: Plan, zoo: Zoo, run: Run | None, draft: Draft) -> str:
-    """Return what a plan will read, write, start and take."""
+def plan_in_words(plan: Plan, zoo: Zoo, run: Run | None, draft: Draft, front: str = "") -> str:
+    """Return what a plan will read, write, start and take.
+
+    Args:
+        plan: The plan.
+        zoo: Its models.
+        run: Where it will be carried out; None if it is only supposed.
+        draft: What was wished for.
+        front: The address that the composite will answer at, if not the recipe's.
+    """
     cost, recipe = plan.cost, draft.recipe
     lines = ["Plan:"]
     for cluster, merge in zip(plan.clusters, plan.merges, strict=True):
@@ -78,9 +86,8 @@ def plan_in_words(plan: Plan, zoo: Zoo, run: Run | None, draft: Draft) -> str:
         f"  tries    at most {plural(cost.trials, 'merge')} in memory; scores {plural(cost.evaluations, 'model')} too"
     )
     after = "stays up afterwards" if draft.serve else "down again after the evaluation"
-    lines.append(
-        f"  starts   {plural(cost.engines, 'engine')} or more, on {recipe.serve.host}:{recipe.serve.port}; {after}"
-    )
+    where = f"behind {front}" if front else f"on {recipe.serve.host}:{recipe.serve.port}"
+    lines.append(f"  starts   {plural(cost.engines, 'engine')} or more, {where}; {after}")
     lines.append(f"  takes    about {_minutes(cost.seconds)} and {cost.memory_gb:.1f} GB of RAM (estimates)")
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)

@@ -73,18 +73,19 @@ def _serve_composing(run: str | None, overrides: tuple[str, ...], zoo: Path, *, 
         directory, section, logs, store = _served(run, overrides, code=code)
     web = Web(section)
     try:
-        state.stand_behind(web.url)
-        app = create_front(zoo, runs_root(), state.serving, section.limits, keys=web.keys, loopback=web.loopback)
+        app = create_front(
+            zoo, runs_root(), web.url, state.serving, section.limits, keys=web.keys, loopback=web.loopback
+        )
         if run is not None:
-            inner = state.behind_front(section)
             with progress_bar(quiet=as_json) as progress:
-                state.adopt(directory, Server(directory, inner, logs, progress, store).__enter__())
+                server = Server(directory, section, logs, progress, store, web.url)
+                state.adopt(directory, server.__enter__())
         web.start(app)
         if as_json:
             print_json({"url": web.url, "model": NAME})
         else:
-            server = state.serving()
-            beside = f" and {server.endpoint.model}" if server else ""
+            served = state.serving()
+            beside = f" and {served.endpoint.model}" if served else ""
             click.echo(f"{NAME}{beside} at {web.url}/v1; Ctrl-C stops")
         stopped = _stop_signal()
         while not stopped.wait(1.0):

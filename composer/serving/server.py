@@ -32,8 +32,15 @@ class Endpoint(Value):
     """Why an engine is not the usual one."""
     scores_prompts: bool
     """Whether every engine gives log-probabilities of prompts."""
+    front: str = ""
+    """Base address of what clients ask in its stead, if only that asks it."""
     key: str = Field(default="", exclude=True, repr=False)
     """What opens it to its own process, where it asks for keys; never written down."""
+
+    @property
+    def address(self) -> str:
+        """Base address for clients."""
+        return self.front or self.url
 
     @property
     def headers(self) -> dict[str, str]:
@@ -55,6 +62,7 @@ class Server:
         logs: Path,
         progress: Progress = silent,
         store: Store | None = None,
+        front: str = "",
     ) -> None:
         """Prepare to serve a composite.
 
@@ -64,13 +72,17 @@ class Server:
             logs: Takes the engines' output.
             progress: Told of each engine.
             store: Remembers hashes; where it is given, experts that have changed since they were built are refused.
+            front: Base address of a front of this machine that clients ask in its stead: it has the port of the
+                settings, and asks for keys.
 
         Raises:
             ServeError: if there is no composite.
         """
         self.store = store
         self.directory = directory
-        self.section = section
+        alone = {"host": "127.0.0.1", "port": 0, "require_key": False}
+        self.section = section = section.model_copy(update=alone) if front else section
+        self.front = front
         self.progress = progress
         self.composite = Composite.open(directory)
         self.supervisor = Supervisor(self.composite, section, logs, progress)
@@ -102,6 +114,7 @@ class Server:
             max_model_len={name: supervisor.max_model_len(name) for name in names},
             notes=tuple(f"{place.name}: {place.note}" for place in places if place.note),
             scores_prompts=all(supervisor.scores_prompts(name) for name in names),
+            front=self.front,
             key=web.keys.own if web.keys else "",
         )
         return self

@@ -42,7 +42,7 @@ class Graph:
         stages = stages_of(run, going=going, now=time.time())
         self.title.text = f"Run {plain(run.name)}" if run else "No run yet: these are the stages that one goes through"
         self.now.text = self._in_words(stages, going)
-        self.log.text = "\n".join(f"{one.stage}: {plain(one.message)}" for one in tuple(work.steps)[:-1])
+        self.log.text = "\n".join(f"{one.stage}: {plain(one.message)}" for one in work.steps[:-1])
         counted = bool(going and step and step.total)
         self.bar.visible = counted
         if counted and step is not None:

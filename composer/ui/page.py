@@ -24,7 +24,8 @@ class Page:
         self.work = work
         self.desk = work.conversation.context.desk
         self.chat, self.side = Chat(work), Side(work)
-        self._version, self._mood = -1, ""
+        self._version: object = None
+        self._mood = ""
 
     def build(self) -> None:
         """Lay the page out."""

@@ -31,7 +31,7 @@ class Side:
         self.work = work
         self.graph, self.play = Graph(work), Playground(work)
         self.recipe = RecipeEditor(work)
-        self._drawn = -1
+        self._drawn: object = None
         self._zoo: Any = None
         self._found: Any = ""
 

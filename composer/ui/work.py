@@ -1,22 +1,20 @@
 """What is done in a conversation, one thing at a time, in a thread of the server; browsers come and go."""
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from composer.chat.calls import Call
 from composer.chat.words import LONGEST
-from composer.errors import BusyError, ComposerError, RecipeError
+from composer.errors import RecipeError
 from composer.progress import Step
 from composer.runs import Run
+from graphs.background import Background
+from graphs.conversation import Conversation, Standing, Told
 
 if TYPE_CHECKING:
     from composer.serving.server import Endpoint
-    from graphs.conversation import Conversation, Standing, Told
 
-LOG = 8
-"""Signs of life that are remembered."""
 PATIENCE = 15.0
 """Seconds that work may take to stop when the server does."""
 
@@ -24,30 +22,55 @@ PATIENCE = 15.0
 class Work:
     """A conversation and the thread that works on it; it outlives every browser."""
 
-    def __init__(self, conversation: "Conversation") -> None:
+    def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.standing: Standing = conversation.standing
         self.endpoint: Endpoint | None = None
         """Where the composite answers, if it is served here."""
-        self.said: list[dict[str, str]] = []
-        """What has been said since `standing` was read."""
-        self.step: Step | None = None
-        """The last sign of life."""
-        self.steps: deque[Step] = deque(maxlen=LOG)
-        """The last few of them."""
-        self.error = ""
-        """What went wrong outside of the conversation, in one line."""
         self.wrong: set[str] = set()
         """Which of the last answers are about something that went wrong."""
         self.elsewhere: str | None = None
         """What another process works on: one run has the machine."""
-        self.busy = False
-        """Whether something is being done."""
-        self.version = 0
-        """Grows whenever something is new."""
-        self._thread: threading.Thread | None = None
+        self._background = Background(conversation, self._read)
+        self._heard: list[dict[str, str]] | None = None
+        """What was said to it since `standing` was read, while that is being answered."""
+        self._reads = 0
         self._lock = threading.Lock()
         self._seen = self._stamp()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being done."""
+        return self._background.running
+
+    @property
+    def error(self) -> str:
+        """What went wrong outside of the conversation, in one line."""
+        return self._background.error
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The last few signs of life of what is being done, or was done last."""
+        return tuple(self._background.steps)
+
+    @property
+    def step(self) -> Step | None:
+        """The last sign of life of what is being done."""
+        steps = self.steps
+        return steps[-1] if self.busy and steps else None
+
+    @property
+    def version(self) -> tuple[int, int, int, bool]:
+        """Another one whenever something is new."""
+        return self._reads, self._background.signs, len(self._background.told), self.busy
+
+    @property
+    def said(self) -> list[dict[str, str]]:
+        """What has been said since `standing` was read."""
+        if self._heard is None:
+            return []
+        words = (one for one in tuple(self._background.told) if one.kind == "say")
+        return [*self._heard, *({"role": "composer", "text": one.text, "code": str(one.code)} for one in words)]
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -78,7 +101,7 @@ class Work:
         """
         if len(message) > LONGEST:
             raise RecipeError(f"a message of more than {LONGEST:,} characters is not read; say it shorter")
-        self._start(lambda: self.conversation.say(message), [{"role": "you", "text": message}])
+        self._start(self.conversation.say(message), [{"role": "you", "text": message}])
 
     def call(self, tool: Call) -> None:
         """Call a tool of the conversation; returns at once.
@@ -86,7 +109,7 @@ class Work:
         Raises:
             BusyError: if something is being done.
         """
-        self._start(lambda: self.conversation.call(tool), [])
+        self._start(self.conversation.call(tool), [])
 
     def stop(self) -> None:
         """Stop the run at its next step; it carries on from there when it is run again."""
@@ -101,49 +124,27 @@ class Work:
         if self._stamp() != self._seen or elsewhere != self.elsewhere:
             self.elsewhere = elsewhere
             self._read()
-            self.version += 1
 
     def close(self) -> None:
         """Stop what is being done, and what is served."""
-        if self.busy and self._thread is not None:
+        if self.busy:
             self.stop()
-            self._thread.join(PATIENCE)
+            self._background.wait(PATIENCE)
         self.conversation.close()
 
-    def _start(self, begin: "Callable[[], Iterator[Told]]", heard: list[dict[str, str]]) -> None:
+    def _start(self, work: Iterator[Told], heard: list[dict[str, str]]) -> None:
         with self._lock:
-            if self.busy:
-                raise BusyError("one thing at a time: wait until it is done, or press Stop")
-            self.said, self.step, self.error, self.endpoint = heard, None, "", None
-            self.steps.clear()
-            self.busy = True
-            self._thread = threading.Thread(target=self._do, args=(begin,), daemon=True, name="conversation")
-            self._thread.start()
-            self.version += 1
-
-    def _do(self, begin: "Callable[[], Iterator[Told]]") -> None:
-        try:
-            for told in begin():
-                if told.step is not None:
-                    self.step = told.step
-                    self.steps.append(told.step)
-                elif told.kind == "say":
-                    self.said.append({"role": "composer", "text": told.text, "code": str(told.code)})
-                self.version += 1
-        except ComposerError as error:
-            self.error = str(error)
-        except Exception as error:  # shown on the page; the server goes on
-            self.error = f"{type(error).__name__}: {error}"
-        finally:
-            self._read()
-            self.busy = False
-            self.version += 1
+            if not self.busy:
+                self._heard, self.endpoint = heard, None
+            self._background.start(work)
 
     def _read(self) -> None:
+        """Read where the conversation stands; called by its thread when it has ended, and by `look`."""
         self.wrong |= {one["text"] for one in self.said if one.get("code", "0") != "0"}
-        self.endpoint, self.step = self.conversation.endpoint, None
-        self.standing, self.said = self.conversation.standing, []
+        self.endpoint, self.standing = self.conversation.endpoint, self.conversation.standing
+        self._heard = None
         self._seen = self._stamp()  # reading changes SQLite's files too
+        self._reads += 1
 
     def _stamp(self) -> tuple[int, ...]:
         """Return what changes when any process writes the conversations."""
