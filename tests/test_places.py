@@ -1,6 +1,7 @@
 """Who sits in which engine, and what of the machine each gets."""
 
 import itertools
+import os
 from pathlib import Path
 
 import httpx
@@ -13,7 +14,7 @@ from composer.mixture import Composite, Expert, build_composite
 from composer.mixture.settings import MixtureSection, RouterSection
 from composer.serving.engines import ENGINES
 from composer.serving.engines.machine import Gpu
-from composer.serving.places import GPU_LEAST, GPU_PART, on_gpus, places_of
+from composer.serving.places import GPU_LEAST, GPU_PART, on_gpus, places_of, threads_for
 from composer.serving.server import Server
 from composer.serving.settings import ServeSection
 from composer.zoo import Checkpoint, ModelReference, inspect_checkpoint, make_whole
@@ -62,6 +63,17 @@ def test_no_gpu_is_promised_more_than_it_has(sizes: tuple[int, ...]) -> None:
     for index, free in enumerate((80, 70)):
         own = [share.part for share in shares if index in share.gpus and not share.sleeps]
         assert sum(own) <= min(GPU_PART, free / 80) + 1e-9
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be set apart on Linux only")
+def test_engines_share_the_cores_that_this_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert 1 <= threads_for(1) <= len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert [threads_for(engines) for engines in (0, 1, 3)] == [1, 1, 1]
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.slow

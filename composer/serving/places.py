@@ -1,7 +1,6 @@
 """Which engines there are to be, who sits in which, and what each may take of the machine."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from composer.errors import ServeError
 from composer.mixture.composite import Composite, Expert
 from composer.serving import colocated
 from composer.serving.engines import ENGINES, EngineKind, EngineSettings
-from composer.serving.engines.machine import Gpu, gpus, has_gpu
+from composer.serving.engines.machine import Gpu, cores, gpus, has_gpu
 from composer.serving.settings import ServeSection
 from composer.zoo import Checkpoint
 from composer.zoo.adapters import adapter_config
@@ -280,4 +279,4 @@ def _together(places: Sequence[Place], section: ServeSection) -> list[Place]:
 
 def threads_for(engines: int) -> int:
     """Return the CPU threads of each of some engines."""
-    return max(1, (os.cpu_count() or 1) // max(engines, 1))
+    return max(1, cores() // max(engines, 1))

@@ -19,7 +19,7 @@ from composer.errors import ServeError
 from composer.mixture.composite import Composite
 from composer.progress import Progress, Step
 from composer.serving.engines import EngineSettings, Seat
-from composer.serving.engines.machine import has_gpu
+from composer.serving.engines.machine import cores, has_gpu
 from composer.serving.places import Place, dtype_of, longest, places_of, threads_for
 from composer.serving.settings import RemoteExpert, ServeSection
 
@@ -117,7 +117,7 @@ class Supervisor:
         ]
         self._seats = {name: engine for engine in self.engines for name in engine.place.experts}
         try:
-            together = 1 if has_gpu() else (os.cpu_count() or 1)
+            together = 1 if has_gpu() else cores()
             for begin in range(0, len(self.engines), together):
                 group = self.engines[begin : begin + together]
                 for engine in group:

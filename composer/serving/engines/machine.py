@@ -45,6 +45,13 @@ def gpus() -> list[Gpu]:
     return found
 
 
+def cores() -> int:
+    """Return how many CPU cores this process may use: a container's share, not all that the machine has."""
+    import joblib
+
+    return int(joblib.cpu_count())
+
+
 def visible_gpus(settings: "EngineSettings") -> dict[str, str]:
     """Return the environment that lets an engine see its own GPUs only."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, settings.gpus))} if settings.gpus else {}
