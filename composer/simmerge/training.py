@@ -105,11 +105,14 @@ def train(table: "pandas.DataFrame", *, trees: int = TREES, threads: int = 0) ->
     )
 
 
-def cross_validate(rows: "pandas.DataFrame", *, trees: int = TREES, threads: int = 0) -> "Array":
+def cross_validate(
+    rows: "pandas.DataFrame", *, only: "NDArray[np.bool_] | None" = None, trees: int = TREES, threads: int = 0
+) -> "Array":
     """Return the gain that is predicted for each row by a model that saw none of its sources.
 
     Args:
         rows: From `merges_of`.
+        only: Which rows are learnt from, `[rows]`; by default all.
         trees: Of each model.
         threads: That LightGBM uses; 0 for all.
 
@@ -118,7 +121,8 @@ def cross_validate(rows: "pandas.DataFrame", *, trees: int = TREES, threads: int
     """
     features, gain = matrix(rows), rows["gain"].to_numpy(dtype=np.float64)
     found: Array = np.full(len(rows), np.nan)
-    for learn, test in _folds(rows):
+    for others, test in _folds(rows):
+        learn = others if only is None else others & only
         found[test] = _fit(features[learn], gain[learn], trees, threads, OF_GAIN).predict(features[test])
     return found
 
