@@ -17,11 +17,13 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from composer.merging.settings import SimMergeSection
 from composer.simmerge.bandit import Bandit, context_of
 from composer.simmerge.corpus import load_corpus, matrix
 from composer.simmerge.features import FEATURES, NAMES
@@ -33,6 +35,7 @@ LINEAR, ARITHMETIC, SLERP = "linear", "task_arithmetic", "slerp t 0.5"
 LINEARS = "always linear (what mergelens 2.0.3 recommends with a base, as a mean of task vectors)"
 """Its rules look at nothing but whether a base is given: compare/strategy.py."""
 RESAMPLES = 2000
+TRIES = SimMergeSection().tries
 PARTS = ("pairs", "bases", "scale", "several", "noise", "bandit", "curve", "ablation")
 
 
@@ -273,29 +276,52 @@ def specialists(options: argparse.Namespace, rows: pd.DataFrame, predictor: Pred
 
 
 def several(test: pd.DataFrame, gain: np.ndarray) -> None:
-    """Judge the choice among all subsets and orders, by its rank among all."""
+    """Judge the choice among all subsets, orders and ways, by its rank among all.
+
+    Every three, four and all five specialists are a cluster to choose in. Beside the choice: what the strategy does,
+    which makes the best three of different operators or subsets and scores them, here on half of the items, judged on
+    the other; and the same if all are made and scored, which is as well as these items can tell. By chance it is .5.
+    """
     own = test.assign(predicted_gain=gain)[test["labelled"]]
     own["order"] = own["hashes"].map(tuple)
     own["predicted"] = levels(own) + own["predicted_gain"]
-    plans = own.groupby(["order", "arm"])[["score", "predicted"]].mean()
-    for size in ((2,), (3,), (4,), (3, 4), (2, 3, 4)):
-        part = plans[[len(key[0]) in size for key in plans.index]]
-        if len(part) < 2:
-            continue
-        chosen = part["predicted"].idxmax()
-        rank = float((part["score"] > part.loc[chosen, "score"]).mean())
-        found = part.loc[[chosen]].iloc[0]
-        show(
-            "several",
-            sizes=size,
-            plans=len(part),
-            chosen=chosen[1],
-            score=round(float(found["score"]), 4),
-            best=round(float(part["score"].max()), 4),
-            mean=round(float(part["score"].mean()), 4),
-            share_that_is_better=round(rank, 3),
-            rank_correlation=round(_spearman(part["score"].to_numpy(), part["predicted"].to_numpy()), 3),
-        )
+    own["odd"], own["even"] = ([np.mean(one[start::2]) for one in own["items"]] for start in (1, 0))
+    plans = own.groupby(["order", "arm"])[["score", "predicted", "odd", "even"]].mean().reset_index()
+    models = sorted({one for order in plans["order"] for one in order})
+
+    def better(part: pd.DataFrame, made: pd.DataFrame, by: str, judged: str) -> float:
+        return float((part[judged] > made.loc[made[by].idxmax(), judged]).mean())
+
+    def by_halves(part: pd.DataFrame, made: pd.DataFrame) -> float:
+        return (better(part, made, "odd", "even") + better(part, made, "even", "odd")) / 2
+
+    for size in (3, 4, 5):
+        found = []
+        for cluster in combinations(models, size):
+            part = plans[[set(order) <= set(cluster) for order in plans["order"]]]
+            whole = part[[len(order) == min(size, 4) for order in part["order"]]]
+            ranked = part.sort_values("predicted", ascending=False)
+            chosen = ranked.iloc[0]
+            kind = ranked["order"].map(frozenset).astype(str) + ranked["arm"].str.split().str[0]
+            subsets = part.groupby(part["order"].map(frozenset))["score"].mean()
+            made = ranked[~kind.duplicated()].head(TRIES)
+            found.append(
+                {
+                    "plans": len(part),
+                    "score": chosen["score"],
+                    "mean": part["score"].mean(),
+                    "best": part["score"].max(),
+                    "linear_of_all": whole[whole["arm"] == LINEAR]["score"].mean(),
+                    "share_that_is_better": better(part, part, "predicted", "score"),
+                    "subsets_that_are_better": (subsets > subsets[frozenset(chosen["order"])]).mean(),
+                    "of_the_three_made": by_halves(part, made),
+                    "of_all_if_made": by_halves(part, part),
+                    "rank_correlation": _spearman(part["score"].to_numpy(), part["predicted"].to_numpy()),
+                    "rank_correlation_of_halves": _spearman(part["odd"].to_numpy(), part["even"].to_numpy()),
+                }
+            )
+        means = pd.DataFrame(found).mean()
+        show("several", models=size, clusters=len(found), **{name: round(float(one), 4) for name, one in means.items()})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 All ten pairs by every arm (in both orders where order counts for two), all triples and quadruples by the arms that take
 them at once, and, for means into which models come one after another, in every order that makes a difference. Features
 come from 16 proxy items a task, scores from held-out items: 32 of SST-2, AG News and ARC-Easy, 8 of GSM8K and MBPP,
-whose likelihoods are far less noisy than accuracies. About 8 s a merge on 2 cores; what was scored is kept.
+whose likelihoods are far less noisy than accuracies. About 12 s a merge on 2 cores; what was scored is kept.
 """
 
 import argparse
