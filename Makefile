@@ -1,6 +1,8 @@
 # Two commands do everything on a machine that has Python >= 3.11 and pip: make demo, make test.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test processes; most tests keep one core busy.
+WORKERS ?= 2
 
 .PHONY: setup demo test lint schema clean
 
@@ -11,7 +13,7 @@ demo: setup
 	@HF_HUB_OFFLINE=1 $(BIN)/model-composer run recipes/quickstart.yaml --yes
 
 test: setup lint
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -16,6 +16,10 @@ from composer.artefacts import Store
 from composer.mixture import Known
 from composer.zoo import Checkpoint, inspect_checkpoint
 
+# Threads that wait for others' spin: two workers with a core each are faster than two with two each.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
