@@ -1,5 +1,6 @@
 """The predictor's card: what it was trained on, how good it is, and when not to trust it."""
 
+from composer.simmerge.advisor import STRANGE
 from composer.simmerge.features import FEATURES
 from composer.simmerge.predictor import Predictor
 
@@ -55,7 +56,8 @@ def card(predictor: Predictor) -> str:
         "",
         "## When not to trust it",
         "",
-        "- Where `novelty` is above 0.1: a tenth of what it goes by lies outside the range it was trained on.",
+        f"- Where `novelty` is above {STRANGE:g}, the share of what it goes by that lies outside the range it was",
+        "  trained on: there it ranks merges, but how often they gain at all, and so its intervals, need not hold.",
         "- For models without a common base: it was trained on fine-tunes of one.",
         "- For merges of many: it was trained on pairs, and on few merges of three and four.",
         "- For tasks with a handful of proxy items: what single models score there is noise.",

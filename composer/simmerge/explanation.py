@@ -8,7 +8,7 @@ import numpy as np
 
 from composer.errors import MergeError, disk_errors
 from composer.merging.plan import Forecast
-from composer.simmerge.advisor import Advisor, forecast
+from composer.simmerge.advisor import STRANGE, Advisor, forecast
 from composer.simmerge.features import FEATURES, NAMES
 from composer.simmerge.planner import Weighed
 from composer.value import Value
@@ -55,7 +55,7 @@ class Explanation(Value):
             f"({self.reference:.4f}), {one.low:+.4f} to {one.high:+.4f}; a gain with probability {one.chance:.2f}",
             "by task: " + ", ".join(f"{task} {score:.3f}" for task, score in one.by_task.items()),
         ]
-        if one.novelty > 0.1:
+        if one.novelty > STRANGE:
             lines.append(
                 f"unlike what the predictor was trained on ({one.novelty:.0%} of what it goes by is out of range)"
             )
