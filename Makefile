@@ -1,8 +1,8 @@
 # Two commands do everything on a machine that has Python >= 3.11 and pip: make demo, make test.
 PYTHON ?= python3
 BIN := .venv/bin
-# Test processes; most tests keep one core busy.
-WORKERS ?= 2
+# Test processes beside each other: 2 take 16 minutes instead of 30 on two cores, but a browser may then lose patience.
+WORKERS ?= 0
 
 .PHONY: setup demo test lint schema clean
 
